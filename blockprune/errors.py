@@ -1,0 +1,116 @@
+"""Every exception that blockprune raises on purpose.
+
+    BlockpruneError
+    ├── TraceError(RuntimeError)               the model, or its example inputs, cannot be followed
+    ├── BlockNotFoundError(KeyError)           no block of that name; close names are given
+    ├── BlockNotRemovableError(ValueError)     the merge exists, and was refused with a reason
+    ├── CriterionError(ValueError)             unknown criterion, or scores that cannot be used
+    ├── PlanError(ValueError)                  what was asked for cannot be planned
+    │   ├── InfeasibleBudgetError              the budget cannot be met; says what can be reached
+    │   └── StalePlanError                     the plan was made for another model
+    ├── VerificationError(RuntimeError)        the ticket differs from its zero-branch reference
+    ├── TicketError(ValueError)                a ticket file is damaged, foreign or in the way
+    ├── DataError(ValueError)                  a data set is absent, empty or malformed
+    ├── ModelSpecError(ValueError)             a MODEL argument names nothing that can be built
+    ├── MeasurementError(ValueError)           what was asked for cannot be measured
+    ├── MissingExtraError(ImportError)         an optional dependency is absent; names the pip
+    command └── TrainingDivergedError(RuntimeError)    the loss is no longer finite
+
+Each also inherits the builtin that a caller would expect, so that both
+``except BlockpruneError`` and ``except ValueError`` work. A message says what was
+asked, what was found and what would work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BlockNotFoundError",
+    "BlockNotRemovableError",
+    "BlockpruneError",
+    "CriterionError",
+    "DataError",
+    "InfeasibleBudgetError",
+    "MeasurementError",
+    "MissingExtraError",
+    "ModelSpecError",
+    "PlanError",
+    "StalePlanError",
+    "TicketError",
+    "TraceError",
+    "TrainingDivergedError",
+    "VerificationError",
+    "close_names",
+]
+
+
+class BlockpruneError(Exception):
+    """Root of every error raised by blockprune on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of its argument; a message is a sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class TraceError(BlockpruneError, RuntimeError):
+    """The model cannot be followed, or it refuses its example inputs."""
+
+
+class BlockNotFoundError(BlockpruneError, KeyError):
+    """No residual block has the name asked for."""
+
+
+class BlockNotRemovableError(BlockpruneError, ValueError):
+    """The merge exists, but removing its branch would not be exact."""
+
+
+class CriterionError(BlockpruneError, ValueError):
+    """An unknown criterion, or one whose scores cannot be used."""
+
+
+class PlanError(BlockpruneError, ValueError):
+    """What was asked for cannot be planned on this model."""
+
+
+class InfeasibleBudgetError(PlanError):
+    """No choice of blocks meets the budget."""
+
+
+class StalePlanError(PlanError):
+    """The plan was made for a model of another structure."""
+
+
+class VerificationError(BlockpruneError, RuntimeError):
+    """The ticket does not compute what its zero-branch reference computes."""
+
+
+class TicketError(BlockpruneError, ValueError):
+    """A ticket file is damaged, belongs to another model, or is in the way."""
+
+
+class DataError(BlockpruneError, ValueError):
+    """A data set is absent, empty or malformed."""
+
+
+class ModelSpecError(BlockpruneError, ValueError):
+    """A MODEL argument names nothing that can be built."""
+
+
+class MeasurementError(BlockpruneError, ValueError):
+    """What was asked for cannot be measured, such as a batch of no samples."""
+
+
+class MissingExtraError(BlockpruneError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class TrainingDivergedError(BlockpruneError, RuntimeError):
+    """The loss stopped being a finite number."""
+
+
+def close_names(asked: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return `` Did you mean a, b?`` for names close to ``asked``, or an empty string."""
+    matches = difflib.get_close_matches(asked, list(known), n=limit, cutoff=0.5)
+    return f" Did you mean {', '.join(matches)}?" if matches else ""

@@ -1,0 +1,60 @@
+"""The random state of the process: left as found, or set as a whole."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["preserved_rng", "seed_rng"]
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the generators of torch (CPU and CUDA), numpy and ``random`` on leaving.
+
+    CUDA's are looked at only where CUDA is in use already: to ask for them would start it.
+
+    Example:
+        >>> import torch
+        >>> before = torch.get_rng_state()
+        >>> with preserved_rng():
+        ...     _ = torch.rand(3)
+        >>> torch.equal(before, torch.get_rng_state())
+        True
+    """
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+    python = random.getstate()
+    legacy_numpy = np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)
+
+
+def seed_rng(seed: int) -> None:
+    """Seed every generator that :func:`preserved_rng` restores.
+
+    ``torch.manual_seed`` is not used: where CUDA has not started it leaves an order to seed
+    CUDA later, which nothing could take back.
+
+    Args:
+        seed: any integer; numpy's generator takes it modulo 2**32.
+    """
+    torch.default_generator.manual_seed(seed)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
