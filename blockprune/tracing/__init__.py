@@ -1,0 +1,27 @@
+"""From a model to graphs: regions, shapes, aliases and names. The only user of `fx.Tracer`."""
+
+from __future__ import annotations
+
+from blockprune.tracing.calls import Call, as_call
+from blockprune.tracing.copying import copy_model, isolated, structural_copy
+from blockprune.tracing.facts import Facts
+from blockprune.tracing.interpreting import CallInterpreter
+from blockprune.tracing.regions import Region, TracedModel, trace_model
+from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
+
+__all__ = [
+    "Call",
+    "CallInterpreter",
+    "Facts",
+    "Region",
+    "TensorFact",
+    "TracedModel",
+    "as_call",
+    "copy_model",
+    "holds_tensor",
+    "isolated",
+    "map_tensors",
+    "structural_copy",
+    "tensors_in",
+    "trace_model",
+]

@@ -1,0 +1,155 @@
+"""How a module is called: example inputs, and the arguments that a trace binds.
+
+A tensor argument becomes a placeholder. A plain constant (None, a number, a string) is bound to the
+value it had in the example call, since a forward branches on such values; the placeholder stays, so
+that the signature is the dense model's, and a guard refuses any other value later on.
+Any other object (a cache, a configuration) passes through as it comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.node import has_side_effect
+
+from blockprune.errors import TraceError
+from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors
+
+__all__ = ["Binding", "Call", "as_call", "bind", "expect_constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def described(self) -> Call:
+        """Return the call with each tensor replaced by its `TensorFact`."""
+        return Call(map_tensors(self.args, TensorFact.of), map_tensors(self.kwargs, TensorFact.of))
+
+    def map(self, change: Any, kind: type = Tensor) -> Call:
+        """Return the call with `change` applied to each tensor (or another `kind`)."""
+        return Call(
+            map_tensors(self.args, change, kind),
+            {name: map_tensors(value, change, kind) for name, value in self.kwargs.items()},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One parameter of a forward: traced as a placeholder, or bound to a constant."""
+
+    name: str
+    kind: inspect._ParameterKind
+    value: Any
+    default: Any
+    is_constant: bool
+
+
+def as_call(model: nn.Module, example_inputs: Any) -> Call:
+    """Return example inputs (a Tensor, a tuple of arguments, a dict of keywords) as a `Call`.
+
+    Raises:
+        TraceError: another type, or arguments that the model's forward does not take.
+    """
+    if isinstance(example_inputs, Call):
+        call = example_inputs
+    elif isinstance(example_inputs, Tensor):
+        call = Call((example_inputs,), {})
+    elif isinstance(example_inputs, tuple):
+        call = Call(example_inputs, {})
+    elif isinstance(example_inputs, Mapping):
+        call = Call((), dict(example_inputs))
+    else:
+        raise TraceError(
+            "example_inputs must be a Tensor, a tuple of positional arguments or a dict of "
+            f"keyword arguments; got {type(example_inputs).__name__}. A single argument that is "
+            "itself a list goes into a tuple: example_inputs=(images,)."
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        if isinstance(example_inputs, Mapping):
+            # A forward that takes one dictionary is given that dictionary.
+            try:
+                signature.bind(example_inputs)
+                return Call((example_inputs,), {})
+            except TypeError:
+                pass
+        raise TraceError(
+            f"{type(model).__name__}.forward{signature} does not take the example inputs "
+            f"({error}). Pass a Tensor, a tuple of positional arguments or a dict of keywords."
+        ) from error
+    return call
+
+
+def bind(module: nn.Module, call: Call) -> list[Binding]:
+    """Return the parameters of `module.forward` with what `call` gives each of them."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    bindings = []
+    for name, parameter in signature.parameters.items():
+        value = bound.arguments[name]
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        bindings.append(
+            Binding(
+                name=name,
+                kind=parameter.kind,
+                value=value,
+                default=parameter.default,
+                is_constant=not variadic
+                and _is_plain(value)
+                and not holds_tensor(value)
+                and not holds_tensor(value, TensorFact),
+            )
+        )
+    return bindings
+
+
+def constants_of(bindings: list[Binding]) -> list[tuple[str, Any]]:
+    """Return what a trace under these bindings takes for granted, to compare two calls by."""
+    fixed: list[tuple[str, Any]] = []
+    for binding in bindings:
+        if binding.is_constant:
+            fixed.append((binding.name, binding.value))
+        elif binding.kind is inspect.Parameter.VAR_POSITIONAL:
+            fixed.append((binding.name, len(binding.value)))
+        elif binding.kind is inspect.Parameter.VAR_KEYWORD:
+            fixed.append((binding.name, sorted(binding.value)))
+    return fixed
+
+
+def expect_constant(name: str, value: Any, expected: Any) -> None:
+    """Refuse a call whose argument `name` is not the constant that the graph was traced with.
+
+    Raises:
+        TraceError: the value differs from the traced one.
+    """
+    if isinstance(value, Tensor) or not (value is expected or value == expected):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise TraceError(
+            f"this ticket was cut with {name}={expected!r} and only knows that case; got {found}. "
+            f"Cut it again with example_inputs that pass {name} as you call it here."
+        )
+
+
+has_side_effect(expect_constant)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    plain = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, enum.Enum)
+    return isinstance(value, plain)

@@ -1,0 +1,102 @@
+"""Copies of a model: a whole one to cut, and a structural one to trace and try out.
+
+Nothing in this package runs the user's own model object: a forward may write attributes,
+count calls or fire hooks. It runs copies, and the dense model stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.errors import TraceError
+from blockprune.randomness import preserved_rng
+
+__all__ = ["copy_model", "isolated", "structural_copy"]
+
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model` with tensors of its own; modes and hooks are kept."""
+    return _adopt_plain_tensors(_deepcopy(model, _detached_attributes(model)))
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` that shares its parameters and owns its buffers.
+
+    It costs next to no memory. User hooks are left behind, so that running the copy is seen by
+    nobody; hooks that torch itself defines (weight norm, spectral norm, pruning masks) compute
+    weights, and stay.
+    """
+    memo = _detached_attributes(model)
+    for parameter in model.parameters():
+        memo[id(parameter)] = parameter
+    for module in model.modules():
+        for kind in _FORWARD_HOOKS:
+            hooks = getattr(module, kind)
+            if hooks:
+                memo[id(hooks)] = OrderedDict(
+                    (key, copy.deepcopy(hook))
+                    for key, hook in hooks.items()
+                    if type(hook).__module__.startswith("torch.")
+                )
+    return _adopt_plain_tensors(_deepcopy(model, memo))
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Run a block with every random generator put back afterwards, and attention on one path.
+
+    The fused "fast path" of `nn.MultiheadAttention` exists only outside autograd, so it would make
+    two computations of one function differ; it is switched off in here.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with preserved_rng():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _detached_attributes(model: nn.Module) -> dict[int, Any]:
+    """Return a deepcopy memo for computed tensors kept as attributes, which deepcopy refuses."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module.__dict__.values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return memo
+
+
+def _adopt_plain_tensors(model: nn.Module) -> nn.Module:
+    """Turn tensors kept as plain attributes into buffers that are not part of the state.
+
+    A graph can fetch a buffer, and `.to()` moves it; a plain attribute is known to Python only.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, Tensor):
+                del module.__dict__[name]
+                module.register_buffer(name, value, persistent=False)
+    return model
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). "
+            "blockprune never works on your own object, so the model must support "
+            "copy.deepcopy: move locks, files, generators and the like out of its modules."
+        ) from error

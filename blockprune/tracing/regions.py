@@ -1,0 +1,246 @@
+"""From a model to its traced regions.
+
+The whole model is one region where its root traces. Where it does not, and inside every leaf that
+a trace had to make, each child that is called is tried as a region of its own; what remains is
+reported as opaque, with the reason. A region's inputs are those of one eager forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from blockprune.errors import TraceError
+from blockprune.tracing.calls import Call, as_call, bind, constants_of, expect_constant
+from blockprune.tracing.copying import isolated, structural_copy
+from blockprune.tracing.facts import Facts, gather_facts
+from blockprune.tracing.modes import trace_both_modes
+from blockprune.tracing.tracer import Leaves
+from blockprune.tracing.values import tensors_in
+
+__all__ = ["Region", "TracedModel", "trace_model"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """One module of the model as a graph.
+
+    Attributes:
+        path: qualified name in the model, "" for the root.
+        module: a structural copy of that module, sharing the dense model's parameters.
+        graph: its operations; targets are relative to `module`, owners are in the nodes' metadata.
+        facts: what running the graph once has shown.
+        order: sorts regions, and what is in them, by execution.
+    """
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph
+    facts: Facts
+    order: tuple[int, ...]
+
+    @property
+    def values(self) -> dict[fx.Node, Any]:
+        """Each node's value, with every tensor replaced by its `TensorFact`."""
+        return self.facts.values
+
+    def qualified(self, name: str) -> str:
+        """Return the name in the whole model of something named relative to this region."""
+        return ".".join(part for part in (self.path, name) if part)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedModel:
+    """A model as regions, and the modules that could not be looked into.
+
+    Attributes:
+        root: a structural copy of the model.
+        call: the example inputs it was traced with.
+        regions: in order of execution.
+        opaque: module name to reason.
+    """
+
+    root: nn.Module
+    call: Call
+    regions: tuple[Region, ...]
+    opaque: dict[str, str]
+
+
+def trace_model(
+    model: nn.Module, example_inputs: Any, *, preserve_root: bool = False
+) -> TracedModel:
+    """Trace `model` into regions, leaving it untouched.
+
+    Args:
+        model: any `nn.Module`.
+        example_inputs: a Tensor, a tuple of arguments or a dict of keywords that its forward takes.
+        preserve_root: keep the root as the module it is, and make its children the regions.
+
+    Raises:
+        TraceError: the model cannot be copied, or does not run on `example_inputs`.
+    """
+    call = as_call(model, example_inputs)
+    with isolated():
+        walk = _Walk(structural_copy(model), call)
+        if preserve_root:
+            walk.descend("", ())
+        else:
+            walk.attempt("", call, ())
+    regions = sorted(walk.regions, key=lambda region: region.order)
+    return TracedModel(walk.root, call, tuple(regions), walk.opaque)
+
+
+class _Walk:
+    """The search for regions in one model."""
+
+    def __init__(self, root: nn.Module, call: Call) -> None:
+        self.root = root
+        self.call = call
+        self.regions: list[Region] = []
+        self.opaque: dict[str, str] = {}
+        self._visited: set[int] = set()
+        self._calls: dict[str, tuple[int, list[Call]]] | None = None
+
+    def attempt(self, path: str, call: Call, order: tuple[int, ...]) -> None:
+        """Make a region of the module at `path`, or report it as opaque and look into it."""
+        module = self.root.get_submodule(path)
+        leaves = Leaves()
+        try:
+            graph = _graph_of(module, call, leaves)
+        except TraceError as error:
+            self.opaque[path] = str(error)
+            self.descend(path, order)
+            return
+        _drop_unused(graph)
+        facts = gather_facts(graph, module, call)
+        self.regions.append(Region(path, module, graph, facts, order))
+        self._look_into_leaves(path, graph, leaves, order)
+
+    def _look_into_leaves(
+        self, path: str, graph: fx.Graph, leaves: Leaves, order: tuple[int, ...]
+    ) -> None:
+        for index, node in enumerate(graph.nodes):
+            if node.op != "call_module":
+                continue
+            name = str(node.target)
+            module = self.root.get_submodule(path).get_submodule(name)
+            reason = leaves.paths.get(name) or leaves.classes.get(type(module))
+            qualified = ".".join(part for part in (path, name) if part)
+            if isinstance(module, fx.GraphModule) and id(module) not in self._visited:
+                self._try_child(qualified, (*order, index))
+            elif reason and id(module) not in self._visited:
+                self._visited.add(id(module))
+                self.opaque[qualified] = reason
+                self.descend(qualified, (*order, index))
+
+    def descend(self, path: str, order: tuple[int, ...]) -> None:
+        """Try the children of an opaque module as regions."""
+        for name, child in self.root.get_submodule(path).named_children():
+            if id(child) not in self._visited and _may_hold_blocks(child):
+                self._try_child(".".join(part for part in (path, name) if part), order)
+
+    def _try_child(self, path: str, order: tuple[int, ...]) -> None:
+        self._visited.add(id(self.root.get_submodule(path)))
+        position, calls = self._recorded_calls().get(path, (0, []))
+        if not calls:
+            # A ModuleList is never called, its elements are.
+            if isinstance(self.root.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+                self.descend(path, order)
+            else:
+                self.opaque[path] = "not executed by the example inputs"
+            return
+        first = constants_of(bind(self.root.get_submodule(path), calls[0]))
+        for other in calls[1:]:
+            if constants_of(bind(self.root.get_submodule(path), other)) != first:
+                self.opaque[path] = "called with different constant arguments at different places"
+                self.descend(path, order)
+                return
+        try:
+            self.attempt(path, calls[0], (*order, position))
+        except TraceError as error:
+            self.opaque[path] = str(error)
+            self.descend(path, order)
+
+    def _recorded_calls(self) -> dict[str, tuple[int, list[Call]]]:
+        if self._calls is None:
+            self._calls = _record_calls(self.root, self.call)
+        return self._calls
+
+
+def _graph_of(module: nn.Module, call: Call, leaves: Leaves) -> fx.Graph:
+    if isinstance(module, fx.GraphModule):
+        # Already a graph (a ticket, say): it knows its owners and its modes.
+        graph = fx.Graph()
+        output = graph.graph_copy(module.graph, {})
+        graph.output(output)
+        return graph
+    try:
+        bindings = bind(module, call)
+    except (TypeError, ValueError) as error:
+        raise TraceError(f"its forward has a signature that cannot be bound ({error})") from error
+    traced = trace_both_modes(module, bindings, leaves)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced, {}))
+    return graph
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase pure nodes that nothing reads, such as the weights of `x, weights = attention(x)`."""
+    for node in reversed(graph.nodes):
+        is_pure = node.op == "get_attr" or (
+            node.op == "call_function"
+            and node.target is not expect_constant
+            and getattr(node.target, "__module__", "") in ("_operator", "builtins")
+            and not str(getattr(node.target, "__name__", "")).startswith(
+                ("i", "setitem", "delitem")
+            )
+        )
+        if is_pure and not node.users:
+            graph.erase_node(node)
+
+
+def _may_hold_blocks(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("torch.nn") and (
+        not module._modules or module._parameters
+    ):
+        return False
+    return next(module.parameters(), None) is not None
+
+
+def _record_calls(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
+    """Run `root` once in eval mode; return each module's place in the order, and its calls."""
+    try:
+        try:
+            copy = structural_copy(root).eval()
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                return _run_with_hooks(copy, call.map(fake.from_tensor))
+        except Exception:
+            copy = structural_copy(root).eval()
+            return _run_with_hooks(copy, call.map(lambda tensor: tensor.detach().clone()))
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
+        raise TraceError(
+            f"{type(root).__name__} does not run on inputs of shape "
+            f"{', '.join(map(str, shapes)) or '(none)'}: {type(error).__name__}: {error}. "
+            "Pass example_inputs that the model's own forward accepts."
+        ) from error
+
+
+def _run_with_hooks(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
+    calls: dict[str, tuple[int, list[Call]]] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, (len(calls), []))[1].append(Call(args, kwargs).described())
+
+        return hook
+
+    for name, module in root.named_modules():
+        module.register_forward_pre_hook(record(name), with_kwargs=True)
+    with torch.no_grad():
+        root(*call.args, **call.kwargs)
+    return calls

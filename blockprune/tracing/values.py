@@ -1,0 +1,77 @@
+"""Values that flow along a traced graph, and the few walks over nested ones that we need.
+
+A forward passes tensors about in tuples, lists, dictionaries, named tuples and dataclasses.
+`map_tensors` and `tensors_in` see all of these; everything else is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TensorFact", "holds_tensor", "map_tensors", "tensors_in"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFact:
+    """What is known of a tensor without its numbers: shape, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorFact:
+        return cls(tuple(int(size) for size in tensor.shape), tensor.dtype, tensor.device)
+
+    def example(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return a tensor of this description: uniform in [0, 1), or zeros for integers."""
+        if self.dtype.is_floating_point:
+            noise = torch.rand(self.shape, generator=generator)
+            return noise.to(device=self.device, dtype=self.dtype)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+def map_tensors(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Return `value` with each instance of `kind` in it replaced; containers keep their type."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple):
+        items = [map_tensors(item, change, kind) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [map_tensors(item, change, kind) for item in value]
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change, kind) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | TensorFact):
+        return {
+            field.name: map_tensors(getattr(value, field.name), change, kind)
+            for field in dataclasses.fields(value)
+        }
+    return value
+
+
+def tensors_in(value: Any, kind: type = Tensor) -> Iterator[Any]:
+    """Yield each instance of `kind` in a nested value, in order."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item, kind)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, kind)
+    elif isinstance(value, slice):
+        yield from tensors_in((value.start, value.stop, value.step), kind)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type | TensorFact):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name), kind)
+
+
+def holds_tensor(value: Any, kind: type = Tensor) -> bool:
+    """Whether a nested value has a tensor (or another `kind`) in it."""
+    return next(tensors_in(value, kind), None) is not None
