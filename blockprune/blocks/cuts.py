@@ -1,0 +1,90 @@
+"""Cutting a set of branches: what is replaced by what, and what dies.
+
+`Cuts` holds every removable branch of a model by name, so that the analysis, the costs and the
+surgery share one answer to what goes when a set of branches goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from torch import fx
+
+from blockprune.blocks.activations import clamped_range, is_already_applied
+from blockprune.blocks.flow import Flow
+from blockprune.blocks.rule import Branch
+
+__all__ = ["Cut", "Cuts"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+    """One removable branch, where it is and what it is called."""
+
+    name: str
+    flow: Flow
+    branch: Branch
+    dead: frozenset[fx.Node]
+
+
+class Cuts:
+    """The removable branches of a model.
+
+    Attributes:
+        branches: name to cut, in order of execution.
+        layers: name of a layer block to the names of its branches.
+    """
+
+    def __init__(self, branches: Mapping[str, Cut], layers: Mapping[str, tuple[str, ...]]) -> None:
+        self.branches = dict(branches)
+        self.layers = dict(layers)
+        self._by_merge = {cut.branch.merge: cut for cut in self.branches.values()}
+
+    def of_blocks(self, names: Iterable[str]) -> list[Cut]:
+        """Return the cuts that remove these blocks, without those that lie in another of them."""
+        wanted = {
+            part: self.branches[part] for name in names for part in self.layers.get(name, (name,))
+        }
+        gone = {name for cut in wanted.values() for name in self.nested_in(cut)}
+        return [cut for name, cut in self.branches.items() if name in wanted and name not in gone]
+
+    def nested_in(self, outer: Cut) -> list[str]:
+        """Return the names of the branches that lie inside `outer`, and go when it goes."""
+        by_merge = self._by_merge
+        inner = [by_merge[node] for node in outer.dead if node in by_merge]
+        return [cut.name for cut in inner if cut is not outer]
+
+    def replacements(self, cuts: Iterable[Cut]) -> dict[Flow, dict[fx.Node, fx.Node]]:
+        """Return, by region, what each merge and each idle activation is replaced by."""
+        by_flow: dict[Flow, list[Branch]] = {}
+        for cut in cuts:
+            by_flow.setdefault(cut.flow, []).append(cut.branch)
+        return {flow: replacements_in(flow, branches) for flow, branches in by_flow.items()}
+
+    def dead_nodes(self, cuts: Iterable[Cut]) -> dict[str, frozenset[fx.Node]]:
+        """Return, by region path, the nodes that go with these cuts."""
+        return {
+            flow.region.path: frozenset(flow.dead_without(replaced))
+            for flow, replaced in self.replacements(cuts).items()
+        }
+
+
+def replacements_in(flow: Flow, branches: Iterable[Branch]) -> dict[fx.Node, fx.Node]:
+    """Return what cutting `branches`, all of one region, replaces: node to what it becomes."""
+    replaced: dict[fx.Node, fx.Node] = {}
+    for branch in sorted(branches, key=lambda branch: flow.index[branch.merge]):
+        replaced[branch.merge] = branch.shortcut
+        pending = [branch.merge]
+        while pending:
+            value = pending.pop()
+            for reader in value.users:
+                if flow.passes_on(reader) is value:
+                    pending.append(reader)
+                elif (
+                    clamped_range(reader, flow) is not None
+                    and reader.args[:1] == (value,)
+                    and is_already_applied(reader, flow, replaced)
+                ):
+                    replaced[reader] = value
+    return replaced

@@ -1,0 +1,191 @@
+"""`find_blocks`: from a model to its removable residual blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from blockprune.blocks.cuts import Cut, Cuts, replacements_in
+from blockprune.blocks.flow import Flow
+from blockprune.blocks.layers import find_layers
+from blockprune.blocks.naming import branch_names, numbered, owner_of
+from blockprune.blocks.readers import ParameterReaders
+from blockprune.blocks.rule import Branch, Refusal, examine, merge_of
+from blockprune.blocks.types import BlockAnalysis, Reason, Rejection, ResidualBlock, Stage
+from blockprune.errors import PlanError
+from blockprune.tracing import TracedModel, trace_model
+
+__all__ = ["find_blocks"]
+
+GRANULARITIES = ("branch", "layer")
+
+
+def find_blocks(
+    model: nn.Module,
+    example_inputs: Any,
+    granularity: str = "branch",
+    *,
+    preserve_root: bool = False,
+) -> BlockAnalysis:
+    """Find every removable residual block of a model, and say why the other merges are none.
+
+    The model is left untouched and need not be in any particular mode.
+
+    Args:
+        model: any `nn.Module`.
+        example_inputs: what its forward takes: a Tensor, a tuple of arguments, or a dict of
+            keywords.
+        granularity: "branch": one identity shortcut, one block. "layer": the branches of one module
+            whose output is its input once they are gone are one block named by that module.
+        preserve_root: keep the root module's class; its children are looked into one by one.
+
+    Returns:
+        The analysis; a model with no removable block gets one with no blocks.
+
+    Raises:
+        TraceError: the model does not run on `example_inputs`, or cannot be copied.
+        PlanError: an unknown granularity.
+
+    Example:
+        >>> import torch, blockprune
+        >>> from blockprune.models import resnet20
+        >>> analysis = blockprune.find_blocks(resnet20(), torch.rand(1, 3, 32, 32))
+        >>> analysis.names[:3]
+        ('layer1.0', 'layer1.1', 'layer1.2')
+    """
+    if granularity not in GRANULARITIES:
+        raise PlanError(f"granularity must be 'branch' or 'layer', got {granularity!r}")
+    traced = trace_model(model, example_inputs, preserve_root=preserve_root)
+    flows = [Flow(region) for region in traced.regions]
+    branches, refusals = _examine_all(flows)
+    branch_cuts = _name_cuts(branches)
+    cuts = Cuts(branch_cuts, find_layers(branch_cuts))
+    rejections = [*_rejections(refusals), *_opaque(traced)]
+    blocks = _blocks(cuts, granularity, ParameterReaders(traced, flows))
+    stages = _stages(blocks, rejections)
+    place = {name: index for index, stage in enumerate(stages) for name in stage.blocks}
+    return BlockAnalysis(
+        blocks=tuple(dataclasses.replace(block, stage=place[block.name]) for block in blocks),
+        rejections=tuple(rejections),
+        granularity=granularity,
+        fingerprint=_fingerprint(traced.root, list(cuts.branches)),
+        stages=tuple(stages),
+        traced=traced,
+        cuts=cuts,
+    )
+
+
+def _examine_all(
+    flows: Sequence[Flow],
+) -> tuple[list[tuple[Flow, Branch]], list[tuple[Flow, Refusal]]]:
+    """Put every merge of the model to the rule; both lists are in order of execution."""
+    branches: list[tuple[Flow, Branch]] = []
+    refusals: list[tuple[Flow, Refusal]] = []
+    for flow in flows:
+        for node in flow.region.graph.nodes:
+            merge = merge_of(node, flow)
+            if merge is None:
+                continue
+            verdict = examine(merge, flow)
+            if isinstance(verdict, Branch):
+                branches.append((flow, verdict))
+            else:
+                refusals.append((flow, verdict))
+    branches.sort(key=lambda pair: _place(pair[0], pair[1].merge))
+    refusals.sort(key=lambda pair: _place(pair[0], pair[1].merge))
+    return branches, refusals
+
+
+def _place(flow: Flow, node: fx.Node) -> tuple[int, ...]:
+    return (*flow.region.order, flow.index[node])
+
+
+def _name_cuts(branches: Sequence[tuple[Flow, Branch]]) -> dict[str, Cut]:
+    names = branch_names([(flow, branch.merge, branch.nodes) for flow, branch in branches])
+    return {
+        name: Cut(name, flow, branch, frozenset(flow.dead_without(replacements_in(flow, [branch]))))
+        for name, (flow, branch) in zip(names, branches, strict=True)
+    }
+
+
+def _blocks(cuts: Cuts, granularity: str, readers: ParameterReaders) -> list[ResidualBlock]:
+    parts: dict[str, tuple[str, ...]] = {}
+    layer_of = {part: name for name, inner in cuts.layers.items() for part in inner}
+    for name in cuts.branches:
+        layer = layer_of.get(name) if granularity == "layer" else None
+        parts.setdefault(layer or name, cuts.layers[layer] if layer else (name,))
+    block_of = {part: name for name, inner in parts.items() for part in inner}
+    blocks = []
+    for name, branches in parts.items():
+        chosen = [cuts.branches[branch] for branch in branches]
+        dead = frozenset().union(*cuts.dead_nodes(chosen).values())
+        nested = {inner for cut in chosen for inner in cuts.nested_in(cut)}
+        goes = dict.fromkeys(
+            block_of[inner]
+            for inner in cuts.branches
+            if inner in nested and nested.issuperset(parts[block_of[inner]])
+        )
+        goes.pop(name, None)
+        blocks.append(
+            ResidualBlock(
+                name=name,
+                owner=owner_of(chosen[-1].branch.merge, chosen[-1].flow),
+                params=readers.vanishing(dead),
+                shape=_shape(chosen[-1].flow, chosen[-1].branch.merge),
+                stage=0,
+                branches=branches,
+                contains=tuple(goes),
+                parameters=readers.names(dead),
+            )
+        )
+    return blocks
+
+
+def _rejections(refusals: Sequence[tuple[Flow, Refusal]]) -> list[Rejection]:
+    names = numbered(
+        [owner_of(refusal.merge, flow) or refusal.merge.name for flow, refusal in refusals]
+    )
+    return [
+        Rejection(name, refusal.reason, refusal.detail, _shape(flow, refusal.merge))
+        for name, (flow, refusal) in zip(names, refusals, strict=True)
+    ]
+
+
+def _opaque(traced: TracedModel) -> list[Rejection]:
+    """Report the opaque modules that hold parameters, and so could hide a block."""
+    return [
+        Rejection(path or type(traced.root).__name__, Reason.OPAQUE, reason)
+        for path, reason in traced.opaque.items()
+        if next(traced.root.get_submodule(path).parameters(), None) is not None
+    ]
+
+
+def _stages(blocks: Iterable[ResidualBlock], rejections: Iterable[Rejection]) -> list[Stage]:
+    members: dict[tuple[int, ...], list[str]] = {}
+    for block in blocks:
+        members.setdefault(block.shape, []).append(block.name)
+    fixed = Counter(
+        rejection.shape
+        for rejection in rejections
+        if rejection.reason is Reason.PROJECTION_SHORTCUT
+    )
+    return [Stage(shape, tuple(names), fixed[shape]) for shape, names in members.items()]
+
+
+def _shape(flow: Flow, node: fx.Node) -> tuple[int, ...]:
+    fact = flow.fact(node)
+    assert fact is not None
+    return fact.shape
+
+
+def _fingerprint(root: nn.Module, names: Sequence[str]) -> str:
+    """Return a digest of the structure: names and shapes of the state, names of the branches."""
+    state = [(name, tuple(tensor.shape)) for name, tensor in root.state_dict().items()]
+    text = json.dumps([state, list(names)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,248 @@
+"""How values flow through one region: who reads whom, through memory as well as through edges.
+
+A graph's edges do not show that an in-place operation changes what a later reader of the same
+memory sees. `Flow` adds these orderings: a node also *reads* the last node before it that wrote
+into the memory of one of its arguments. Dependence, liveness and escape are then plain
+reachability.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import fx, nn
+
+from blockprune.tracing import Region, TensorFact, holds_tensor
+
+__all__ = ["Flow"]
+
+_IDENTITY_METHODS = frozenset({"clone", "contiguous"})
+_CAST_METHODS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
+
+
+class Flow:
+    """The dataflow of one region, with the queries that the block rule asks.
+
+    Attributes:
+        region: the region.
+        nodes: of its graph, in execution order.
+        inputs: its placeholders.
+        index: position of each node in execution order.
+        sources: what each node reads, orderings through memory included.
+        readers: the reverse of `sources`.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.nodes: list[fx.Node] = list(region.graph.nodes)
+        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self.index: dict[fx.Node, int] = {}
+        self.sources: dict[fx.Node, list[fx.Node]] = {}
+        self.readers: dict[fx.Node, list[fx.Node]] = {}
+        self._writers: dict[tuple[str, int], list[int]] = {}
+        self._carries: dict[fx.Node, bool] = {}
+        self._activations: set[fx.Node] = set()
+        facts = region.facts
+        last_writer: dict[tuple[str, int], fx.Node] = {}
+        for position, node in enumerate(self.nodes):
+            self.index[node] = position
+            self._carries[node] = holds_tensor(facts.values[node], TensorFact)
+            self.readers[node] = []
+            sources = dict.fromkeys(node.all_input_nodes)
+            for source in node.all_input_nodes:
+                for storage in facts.storages[source]:
+                    if storage in last_writer:
+                        sources[last_writer[storage]] = None
+            self.sources[node] = list(sources)
+            if node.op == "placeholder" or any(
+                source in self._activations and self._carries[source] for source in sources
+            ):
+                self._activations.add(node)
+            for source in sources:
+                self.readers[source].append(node)
+            for storage in facts.written[node]:
+                last_writer[storage] = node
+                self._writers.setdefault(storage, []).append(position)
+
+    # --- values ---------------------------------------------------------------------------------
+
+    def fact(self, node: fx.Node) -> TensorFact | None:
+        """Return the description of the single tensor that `node` computes, else None."""
+        value = self.region.values[node]
+        return value if isinstance(value, TensorFact) else None
+
+    def carries_data(self, node: fx.Node) -> bool:
+        """Whether tensors come out of `node`; sizes and flags are not data."""
+        return self._carries[node]
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a call_module node calls, else None."""
+        if node.op != "call_module":
+            return None
+        return self.region.module.get_submodule(str(node.target))
+
+    def passes_on(self, node: fx.Node) -> fx.Node | None:
+        """Return the argument that `node` hands on unchanged (Identity, clone), else None."""
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        source = node.args[0]
+        if (
+            (node.op == "call_module" and type(self.module(node)) is nn.Identity)
+            or (node.op == "call_method" and node.target in _IDENTITY_METHODS)
+            or (node.op == "call_function" and node.target is torch.clone)
+            or (
+                node.op == "call_method"
+                and node.target in _CAST_METHODS
+                and self.fact(node) == self.fact(source)
+            )
+        ):
+            return source
+        return None
+
+    def origin(self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:
+        """Return the node whose values `node` hands on, through identities and replacements."""
+        while True:
+            following = (replaced or {}).get(node) or self.passes_on(node)
+            if following is None:
+                return node
+            node = following
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def storages(self, node: fx.Node) -> frozenset[tuple[str, int]]:
+        """Return the memory that the value of `node` lies in."""
+        return self.region.facts.storages[node]
+
+    def writers_after(
+        self, storages: Iterable[tuple[str, int]], after: int, before: int | None = None
+    ) -> Iterator[int]:
+        """Yield positions of nodes in (after, before) that write into any of `storages`."""
+        for storage in storages:
+            positions = self._writers.get(storage, [])
+            for position in positions[bisect.bisect_right(positions, after) :]:
+                if before is None or position < before:
+                    yield position
+
+    def current(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Return the node that `reader` sees when it reads `node`.
+
+        That is `node` itself, or the last statement (`x.add_(y)`, its result unused) that has
+        written into its memory since.
+        """
+        since, until = self.index[node], self.index[reader]
+        last = max(self.writers_after(self.storages(node), since, until), default=None)
+        if last is None:
+            return node
+        writer = self.nodes[last]
+        return node if writer.users else writer
+
+    # --- dependence -----------------------------------------------------------------------------
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether the data of `node` depends on an input, and not on weights and constants only."""
+        return node in self._activations
+
+    def with_state(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return `nodes` with the weights and constants that they are computed from."""
+        found = set(nodes)
+        pending = list(found)
+        while pending:
+            for source in self.sources[pending.pop()]:
+                if source not in found and source not in self._activations:
+                    found.add(source)
+                    pending.append(source)
+        return found
+
+    def data_sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Yield what `node` reads that carries tensors."""
+        return (source for source in self.sources[node] if self._carries[source])
+
+    def between(self, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+        """Return the nodes on data paths from `start` (exclusive) to `end` (inclusive).
+
+        Empty where `end` does not depend on `start`. Only nodes after `start` are visited.
+        """
+        first = self.index[start]
+        if self.index[end] <= first or end not in self._activations:
+            return set()
+        visited, pending = {end}, [end]
+        while pending:
+            for source in self.data_sources(pending.pop()):
+                if source not in visited and self.index[source] > first:
+                    visited.add(source)
+                    pending.append(source)
+        found: set[fx.Node] = set()
+        for node in sorted(visited, key=self.index.__getitem__):
+            if any(source is start or source in found for source in self.data_sources(node)):
+                found.add(node)
+        return found if end in found else set()
+
+    def common_ancestor(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
+        """Return the latest activation that both nodes depend on (either may be it), else None."""
+        if not (self.is_activation(a) and self.is_activation(b)):
+            return None
+        marks = {a: 1, b: 2} if a is not b else {a: 3}
+        # How many pending nodes lead to a only, to b only, to both.
+        waiting = {1: 0, 2: 0, 3: 0}
+        for mark in marks.values():
+            waiting[mark] += 1
+        pending = [(-self.index[node], node) for node in marks]
+        heapq.heapify(pending)
+        while waiting[3] or (waiting[1] and waiting[2]):
+            _, node = heapq.heappop(pending)
+            mark = marks[node]
+            waiting[mark] -= 1
+            if mark == 3:
+                return node
+            for source in self.data_sources(node):
+                if not self.is_activation(source):
+                    continue
+                if source not in marks:
+                    marks[source] = mark
+                    waiting[mark] += 1
+                    heapq.heappush(pending, (-self.index[source], source))
+                elif marks[source] not in (mark, 3):
+                    waiting[marks[source]] -= 1
+                    marks[source] = 3
+                    waiting[3] += 1
+        return None
+
+    # --- liveness -------------------------------------------------------------------------------
+
+    def dead_without(self, replaced: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+        """Return the nodes that nobody reads any more once each key is replaced by its value.
+
+        The replaced nodes themselves are included.
+        """
+        dead: set[fx.Node] = set()
+        pending = [source for node in replaced for source in self.sources[node]]
+        while pending:
+            node = pending.pop()
+            if node in dead or node in replaced or node.op in ("placeholder", "output"):
+                continue
+            if all(reader in dead for reader in self._readers_given(node, replaced)):
+                dead.add(node)
+                pending.extend(self.sources[node])
+        return dead | set(replaced)
+
+    def _readers_given(
+        self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node]
+    ) -> Iterator[fx.Node]:
+        """Yield who reads `node` when a reader that is replaced hands it on, or ignores it."""
+        pending = [node]
+        while pending:
+            value = pending.pop()
+            for reader in self.readers[value]:
+                if reader not in replaced:
+                    yield reader
+                elif self._hands_on(value, replaced[reader]):
+                    pending.append(reader)
+
+    def _hands_on(self, value: fx.Node, replacement: fx.Node) -> bool:
+        """Whether reading `replacement` is reading `value`, or memory that `value` wrote into."""
+        return replacement is value or bool(
+            self.region.facts.written[value] & self.storages(replacement)
+        )
