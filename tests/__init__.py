@@ -1,0 +1,1 @@
+"""Tests of blockprune; a package so that they share the zoo and the oracle."""

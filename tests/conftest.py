@@ -1,0 +1,50 @@
+"""Deterministic, quiet and small by default.
+
+`pytest --large` (or BLOCKPRUNE_LARGE=1) draws many more random architectures and widens
+the slice of torchvision that is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("small", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("large", max_examples=500, **_COMMON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--large", action="store_true", help="draw 20 times as many random architectures"
+    )
+
+
+def _is_large(config: pytest.Config) -> bool:
+    return bool(config.getoption("--large")) or os.environ.get("BLOCKPRUNE_LARGE") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("large" if _is_large(config) else "small")
+    # Tiny tensors: more threads than one only wait for one another.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def large(pytestconfig: pytest.Config) -> bool:
+    """Whether the slow, wide version of a test was asked for."""
+    return _is_large(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same generators, in whatever order it runs."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return
