@@ -1,0 +1,218 @@
+"""Running a criterion, with nothing to show for it but the scores.
+
+The criterion works on a private copy of the model, inside a copy of the process's random state:
+weights, buffers, gradients, modes and hooks of the model, and every generator, are afterwards
+bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.blocks import BlockAnalysis, find_blocks
+from blockprune.criteria import (
+    CRITERIA,
+    Criterion,
+    NoDataWarning,
+    ScoringContext,
+    ZeroScoresWarning,
+)
+from blockprune.criteria.base import LossFunction, batches_of
+from blockprune.errors import CriterionError, DataError, close_names
+from blockprune.inputs import infer_example_inputs
+from blockprune.randomness import preserved_rng, seed_rng
+from blockprune.tracing import Call, as_call, copy_model, isolated, structural_copy
+
+__all__ = ["NoDataWarning", "ScoreTable", "ZeroScoresWarning", "first_inputs", "score_blocks"]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of the blocks of one model under one criterion; higher is more important.
+
+    Attributes:
+        criterion: its name in `CRITERIA`, or the name of the callable.
+        granularity: of the blocks, "branch" or "layer".
+        seed: that the criterion ran with.
+        scores: block name to score, in order of execution.
+        fingerprint: of the analysis that the blocks are from.
+    """
+
+    criterion: str
+    granularity: str
+    seed: int
+    scores: dict[str, float]
+    fingerprint: str
+
+
+def score_blocks(
+    model: nn.Module,
+    criterion: str | Criterion,
+    data: Any = None,
+    loss_fn: LossFunction | None = None,
+    example_inputs: Any = None,
+    granularity: str = "branch",
+    seed: int = 0,
+    *,
+    analysis: BlockAnalysis | None = None,
+) -> ScoreTable:
+    """Return the importance of each removable block of `model`, which stays as it is.
+
+    Args:
+        model: the dense network.
+        criterion: a name of `CRITERIA`, or a callable of the `Criterion` protocol.
+        data: one `(inputs, targets)` pair or an iterable of them (a DataLoader, a generator).
+            Inputs are a Tensor, a tuple of arguments or a dict of keywords; they go to the
+            device of the model. As many batches are taken as the criterion asks for: those
+            of the papers look at the first. None: where the criterion asks for data, it gets
+            standard normal inputs of the example's shape, at least 16, and random labels.
+        loss_fn: `(outputs, targets) -> scalar`, given what the model returns. None: cross entropy
+            of its first floating-point output with integer labels.
+        example_inputs: to find the blocks by; None: those of the first batch, or, without data,
+            such as the model's configuration tells.
+        granularity: "branch" or "layer"; an `analysis` has its own.
+        seed: of all that is random in scoring: two calls with equal arguments agree bit for bit.
+        analysis: of this model, where there is one already.
+
+    Raises:
+        CriterionError: an unknown criterion; scores that are missing, unasked for or not finite;
+            frozen blocks; a loss that is not finite. The block is named.
+        DataError: data that is empty, malformed, or refused by the model.
+        TraceError: the model cannot be followed, or no input shape can be inferred.
+
+    Warns:
+        NoDataWarning: the criterion asked for data and there was none.
+        ZeroScoresWarning: a gradient criterion scored every block 0, as it does where branches
+            are initialised to compute zero.
+
+    Example:
+        >>> import torch
+        >>> from blockprune.models import resnet20
+        >>> images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        >>> table = score_blocks(resnet20(), "snip", (images, labels))
+        >>> len(table.scores)
+        7
+    """
+    name, function = _named(criterion)
+    with isolated():
+        seed_rng(seed)
+        if example_inputs is not None:
+            example = as_call(model, example_inputs)
+        elif data is not None:
+            example, data = first_inputs(model, data)
+        elif analysis is not None:
+            example = analysis.traced.call
+        else:
+            example = as_call(model, infer_example_inputs(model, seed=seed))
+        batches = None if data is None else batches_of(model, data, _device(model))
+        if analysis is None:
+            analysis = find_blocks(model, example, granularity)
+        scores: dict[str, float] = {}
+        if analysis.blocks:
+            # User hooks would see the scoring passes, so the copy leaves them behind.
+            private = copy_model(structural_copy(model)).eval()
+            _check_analysis(analysis, private)
+            context = ScoringContext(
+                private, analysis.blocks, batches, example, loss_fn=loss_fn, seed=seed
+            )
+            scores = _checked(name, function(context), analysis.names)
+    return ScoreTable(name, analysis.granularity, seed, scores, analysis.fingerprint)
+
+
+def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
+    """Return the first inputs of `data` as a call on the model's device, and data to use instead.
+
+    An iterator is read once only, so what was looked at is put back in front; anything else is read
+    from its start again, and a shuffling loader gives the same order then.
+
+    Raises:
+        DataError: there is no batch, or the first is not an `(inputs, targets)` pair.
+    """
+    with preserved_rng():
+        if isinstance(data, Iterator):
+            looked_at: Any = list(itertools.islice(data, 1))
+            data = itertools.chain(looked_at, data)
+        else:
+            looked_at = data
+        batch = next(batches_of(model, looked_at, _device(model)), None)
+    if batch is None:
+        raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
+    return batch.call, data
+
+
+def _named(criterion: str | Criterion) -> tuple[str, Criterion]:
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise CriterionError(
+                f"There is no criterion {criterion!r}.{close_names(criterion, CRITERIA)} "
+                f"Known: {', '.join(CRITERIA)}; or pass a callable."
+            )
+        return criterion, CRITERIA[criterion]
+    if not callable(criterion):
+        raise CriterionError(
+            f"A criterion is a name or a callable, not {type(criterion).__name__}. "
+            f"Known names: {', '.join(CRITERIA)}."
+        )
+    return str(getattr(criterion, "__name__", type(criterion).__name__)), criterion
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _check_analysis(analysis: BlockAnalysis, model: nn.Module) -> None:
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for block in analysis.blocks:
+        for name in block.parameters:
+            if name not in known:
+                raise CriterionError(
+                    f"The analysis is of another model: block {block.name!r} has a parameter "
+                    f"{name!r}, and {type(model).__name__} has none of that name. "
+                    "Leave analysis out, or pass find_blocks(model, ...)."
+                )
+
+
+def _checked(criterion: str, scores: object, names: tuple[str, ...]) -> dict[str, float]:
+    """Return the scores as floats in order of execution.
+
+    Raises:
+        CriterionError: they are not one finite number for each block.
+    """
+    if not isinstance(scores, Mapping):
+        raise CriterionError(
+            f"Criterion {criterion!r} returned a {type(scores).__name__}; it must return a mapping "
+            "from block name to number."
+        )
+    for name in scores:
+        if name not in names:
+            raise CriterionError(
+                f"Criterion {criterion!r} scored {name!r}, which is no block of this model."
+                f"{close_names(str(name), names)}"
+            )
+    checked = {}
+    for name in names:
+        if name not in scores:
+            raise CriterionError(f"Criterion {criterion!r} gave no score to block {name!r}.")
+        value = _number(scores[name])
+        if value is None or not math.isfinite(value):
+            raise CriterionError(
+                f"Criterion {criterion!r} scored block {name!r} {scores[name]!r}; a score must be "
+                "one finite number. Look for NaN or infinite values in its weights, or in the data."
+            )
+        checked[name] = value
+    return checked
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    return float(value) if isinstance(value, numbers.Real) else None
