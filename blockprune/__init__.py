@@ -1,0 +1,123 @@
+"""blockprune: genuinely shallower networks, by removing whole residual blocks.
+
+`prune` is the one call. The steps behind it are values that can be looked at: `find_blocks` gives
+an analysis, `score_blocks` a table, `make_plan` a plan, `remove_blocks` a ticket.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockprune.api import prune
+    from blockprune.blocks import (
+        BlockAnalysis,
+        Reason,
+        Rejection,
+        ResidualBlock,
+        Stage,
+        find_blocks,
+    )
+    from blockprune.errors import (
+        BlockNotFoundError,
+        BlockNotRemovableError,
+        BlockpruneError,
+        CriterionError,
+        DataError,
+        InfeasibleBudgetError,
+        MeasurementError,
+        MissingExtraError,
+        ModelSpecError,
+        PlanError,
+        StalePlanError,
+        TicketError,
+        TraceError,
+        TrainingDivergedError,
+        VerificationError,
+    )
+    from blockprune.plan import PruningPlan, make_plan
+    from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks
+    from blockprune.surgery import remove_blocks
+    from blockprune.tickets import load_ticket, plan_of, save_ticket
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockAnalysis",
+    "BlockNotFoundError",
+    "BlockNotRemovableError",
+    "BlockpruneError",
+    "CriterionError",
+    "DataError",
+    "InfeasibleBudgetError",
+    "MeasurementError",
+    "MissingExtraError",
+    "ModelSpecError",
+    "NoDataWarning",
+    "PlanError",
+    "PruningPlan",
+    "Reason",
+    "Rejection",
+    "ResidualBlock",
+    "ScoreTable",
+    "Stage",
+    "StalePlanError",
+    "TicketError",
+    "TraceError",
+    "TrainingDivergedError",
+    "VerificationError",
+    "find_blocks",
+    "load_ticket",
+    "make_plan",
+    "plan_of",
+    "prune",
+    "remove_blocks",
+    "save_ticket",
+    "score_blocks",
+]
+
+# Names are fetched on first use, so that the command line starts without importing torch.
+_HOMES = {
+    "BlockAnalysis": "blockprune.blocks",
+    "BlockNotFoundError": "blockprune.errors",
+    "BlockNotRemovableError": "blockprune.errors",
+    "BlockpruneError": "blockprune.errors",
+    "CriterionError": "blockprune.errors",
+    "DataError": "blockprune.errors",
+    "InfeasibleBudgetError": "blockprune.errors",
+    "MeasurementError": "blockprune.errors",
+    "MissingExtraError": "blockprune.errors",
+    "ModelSpecError": "blockprune.errors",
+    "NoDataWarning": "blockprune.scoring",
+    "PlanError": "blockprune.errors",
+    "PruningPlan": "blockprune.plan",
+    "Reason": "blockprune.blocks",
+    "Rejection": "blockprune.blocks",
+    "ResidualBlock": "blockprune.blocks",
+    "ScoreTable": "blockprune.scoring",
+    "Stage": "blockprune.blocks",
+    "StalePlanError": "blockprune.errors",
+    "TicketError": "blockprune.errors",
+    "TraceError": "blockprune.errors",
+    "TrainingDivergedError": "blockprune.errors",
+    "VerificationError": "blockprune.errors",
+    "find_blocks": "blockprune.blocks",
+    "load_ticket": "blockprune.tickets",
+    "make_plan": "blockprune.plan",
+    "plan_of": "blockprune.tickets",
+    "prune": "blockprune.api",
+    "remove_blocks": "blockprune.surgery",
+    "save_ticket": "blockprune.tickets",
+    "score_blocks": "blockprune.scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blockprune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,48 @@
+"""What a ticket remembers of how it was made: its plan, and the inputs it was cut with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx, nn
+
+from blockprune.plan import PruningPlan
+from blockprune.tracing import Call
+
+__all__ = ["TicketRecord", "attach", "record_of"]
+
+_KEY = "blockprune"
+
+
+@dataclasses.dataclass(frozen=True)
+class TicketRecord:
+    """The origin of a ticket.
+
+    Attributes:
+        plan: everything removed from the dense model, under the dense model's names.
+        call: the example inputs, each tensor as a `TensorFact`.
+        preserve_root: whether the root's class was kept on purpose.
+        verified: the modes in which the ticket was proved equal to its reference.
+    """
+
+    plan: PruningPlan
+    call: Call
+    preserve_root: bool
+    verified: tuple[str, ...] = ()
+
+
+def attach(ticket: nn.Module, record: TicketRecord) -> None:
+    """Store the record where a deep copy keeps it."""
+    if isinstance(ticket, fx.GraphModule):
+        ticket.meta[_KEY] = record
+    else:
+        ticket.__dict__[f"_{_KEY}"] = record
+
+
+def record_of(model: nn.Module) -> TicketRecord | None:
+    """Return the record of a ticket, None for any other model."""
+    if isinstance(model, fx.GraphModule):
+        found = model.meta.get(_KEY)
+    else:
+        found = model.__dict__.get(f"_{_KEY}")
+    return found if isinstance(found, TicketRecord) else None

@@ -1,0 +1,160 @@
+"""`remove_blocks`: from a plan, or names, to a verified ticket."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
+from blockprune.errors import StalePlanError
+from blockprune.plan import PruningPlan
+from blockprune.surgery.assemble import assemble, graph_module
+from blockprune.surgery.record import TicketRecord, attach, record_of
+from blockprune.surgery.rewrite import copy_graph, reference_graph, ticket_graph
+from blockprune.surgery.verify import verify as verify_ticket
+from blockprune.tracing import copy_model
+
+__all__ = ["cut_blocks", "remove_blocks"]
+
+
+def remove_blocks(
+    model: nn.Module,
+    plan_or_names: PruningPlan | str | Iterable[str],
+    example_inputs: Any,
+    *,
+    verify: bool = True,
+    preserve_root: bool = False,
+) -> nn.Module:
+    """Return a shallower copy of `model`: the ticket, with the named blocks gone.
+
+    The ticket equals the dense model with the outputs of the removed branches multiplied by zero,
+    in outputs and in gradients of the kept parameters, in eval and in train mode. It has the dense
+    model's signature, output type, device, dtype, modes and `requires_grad`; the keys of its state
+    are a subset of the dense ones. The dense model is left untouched.
+
+    Args:
+        model: the dense model, or a ticket to cut further.
+        plan_or_names: a `PruningPlan`, or names of branch or layer blocks.
+        example_inputs: what the forward takes: a Tensor, a tuple of arguments or a dict of
+            keywords.
+        verify: prove the equality on `example_inputs` before returning.
+        preserve_root: keep the root module's class and methods; only its children become graphs.
+
+    Returns:
+        A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
+        traced parts are `GraphModule`s.
+
+    Raises:
+        BlockNotFoundError, BlockNotRemovableError: a name is not that of a removable block.
+        StalePlanError: the plan was made for a model of another structure.
+        VerificationError: the ticket is not equal to its reference; nothing is returned.
+        TraceError: the model does not run on `example_inputs`.
+
+    Example:
+        >>> import torch, blockprune
+        >>> from blockprune.models import resnet20
+        >>> dense = resnet20()
+        >>> ticket = blockprune.remove_blocks(dense, ["layer1.1"], torch.rand(2, 3, 32, 32))
+        >>> sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in ticket.parameters())
+        4704
+    """
+    granularity = plan_or_names.granularity if isinstance(plan_or_names, PruningPlan) else "branch"
+    analysis = find_blocks(model, example_inputs, granularity, preserve_root=preserve_root)
+    if isinstance(plan_or_names, PruningPlan):
+        plan = plan_or_names
+    else:
+        names = [plan_or_names] if isinstance(plan_or_names, str) else list(plan_or_names)
+        plan = _plan_of_names(analysis, names)
+    return cut_blocks(model, analysis, plan, verify=verify, preserve_root=preserve_root)
+
+
+def cut_blocks(
+    model: nn.Module,
+    analysis: BlockAnalysis,
+    plan: PruningPlan,
+    *,
+    verify: bool = True,
+    preserve_root: bool = False,
+) -> nn.Module:
+    """Carry out `plan` on `model`, which `analysis` was made of; see `remove_blocks`."""
+    if plan.fingerprint != analysis.fingerprint:
+        raise StalePlanError(
+            f"the plan was made for a model of another structure (fingerprint "
+            f"{plan.fingerprint[:12]}..., this {type(model).__name__} has "
+            f"{analysis.fingerprint[:12]}...). Make a plan for this model, or pass the model, the "
+            "granularity and the kind of example inputs that it was made with."
+        )
+    cuts = _resolve(analysis, plan.remove)
+    by_region: dict[Flow, list[Cut]] = {}
+    for cut in cuts:
+        by_region.setdefault(cut.flow, []).append(cut)
+    graphs = {
+        f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in by_region.items()
+    }
+    references = {f.region.path: reference_graph(f, group) for f, group in by_region.items()}
+    for region in analysis.traced.regions:
+        if region.path == "" and region.path not in graphs:
+            graphs[""], references[""] = copy_graph(region.graph)[0], copy_graph(region.graph)[0]
+    ticket = assemble(copy_model(model), graphs, graph_module)
+    _warn_of_lost_hooks(model, graphs)
+    verified: tuple[str, ...] = ()
+    if verify:
+        verified = verify_ticket(model, ticket, analysis.traced, references, graphs)
+    earlier = record_of(model)
+    if earlier is not None:
+        plan = plan.model_copy(
+            update={
+                "remove": (*earlier.plan.remove, *plan.remove),
+                "fingerprint": earlier.plan.fingerprint,
+                # Two rankings of two models are no ranking of one.
+                "criterion": None,
+                "scores": {},
+                "p": None,
+            }
+        )
+    call = earlier.call if earlier is not None else analysis.traced.call.described()
+    attach(ticket, TicketRecord(plan, call, preserve_root, verified))
+    return ticket
+
+
+def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
+    """Return the plan that removes these blocks and those nested in them."""
+    cuts = _resolve(analysis, names)
+    gone = {cut.name for cut in cuts}.union(*(analysis.cuts.nested_in(cut) for cut in cuts))
+    return PruningPlan(
+        remove=tuple(name for name in analysis.cuts.branches if name in gone),
+        granularity="branch",
+        criterion=None,
+        scores={},
+        p=None,
+        fingerprint=analysis.fingerprint,
+    )
+
+
+def _resolve(analysis: BlockAnalysis, names: Iterable[str]) -> list[Cut]:
+    for name in (names := list(names)):
+        if name not in analysis.cuts.branches and name not in analysis.cuts.layers:
+            analysis.block(name)
+    return analysis.cuts.of_blocks(names)
+
+
+def _warn_of_lost_hooks(model: nn.Module, graphs: dict[str, fx.Graph]) -> None:
+    """Say so where a module with the user's forward hooks becomes part of a graph."""
+    for path, graph in graphs.items():
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        for name, module in model.get_submodule(path).named_modules():
+            parts = name.split(".")
+            is_kept = any(".".join(parts[: end + 1]) in called for end in range(len(parts)))
+            if (
+                not is_kept
+                and (module._forward_hooks or module._forward_pre_hooks)
+                and module._modules
+            ):
+                warnings.warn(
+                    f"the forward hooks of {name or 'the root'!r} are not carried into the ticket: "
+                    "it has no such module. Register them on the ticket, or on the layers inside.",
+                    stacklevel=4,
+                )

@@ -1,0 +1,86 @@
+"""Rewriting one region's graph: the ticket's graph, and the reference that it must equal.
+
+In the ticket a removed merge m = s + b becomes s. In the reference it stays, with b replaced by
+`zeros_like(b)`: zero times infinity would be NaN.
+
+The dense m is memory of its own, s is not. So where something behind the merge writes into m in
+place (a ReLU whose shortcut was not activated yet), or into s, the ticket works on a clone of s:
+others may read s, or autograd may have saved it. The same holds where s is the input of a region
+inside the model, since the code around it is not seen. Nothing is cloned where m lay in the memory
+of s already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from blockprune.blocks import NAME_KEY, Cut, Cuts, Flow
+
+__all__ = ["copy_graph", "reference_graph", "ticket_graph"]
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a copy of `graph` with the same node names, and the map from old nodes to new."""
+    copy, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, twins))
+    return copy, twins
+
+
+def reference_graph(flow: Flow, cuts: Sequence[Cut]) -> fx.Graph:
+    """Return the region's graph with the outputs of the cut branches multiplied by zero."""
+    graph, twins = copy_graph(flow.region.graph)
+    for cut in cuts:
+        merge, branch = twins[cut.branch.merge], twins[cut.branch.branch]
+        with graph.inserting_before(merge):
+            zeros = graph.call_function(torch.zeros_like, (branch,))
+        merge.replace_input_with(branch, zeros)
+    return graph
+
+
+def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
+    """Return the region's graph without the cut branches and all that only they needed."""
+    graph, twins = copy_graph(flow.region.graph)
+    for cut in all_cuts.branches.values():
+        if cut.flow is flow:
+            # The name that the dense model gives this merge; one less branch would change it.
+            twins[cut.branch.merge].meta[NAME_KEY] = cut.name
+    replaced = all_cuts.replacements(cuts).get(flow, {})
+    dead = flow.dead_without(replaced)
+    merges = {cut.branch.merge for cut in cuts}
+    stands_for: dict[fx.Node, fx.Node] = {}
+    memory: dict[fx.Node, frozenset[tuple[str, int]]] = {}
+    for node in sorted(replaced, key=flow.index.__getitem__):
+        source = replaced[node]
+        value = stands_for.get(source, twins.get(source))
+        assert value is not None
+        memory[node] = memory.get(source, flow.storages(source))
+        if node in merges and _needs_own_memory(flow, node, source, memory[node], dead):
+            with graph.inserting_after(twins[node]):
+                value = graph.call_method("clone", (value,))
+            memory[node] = flow.storages(node)
+        stands_for[node] = value
+        twins[node].replace_all_uses_with(value, propagate_meta=False)
+    for node in sorted(dead, key=flow.index.__getitem__, reverse=True):
+        graph.erase_node(twins[node])
+    graph.lint()
+    return graph
+
+
+def _needs_own_memory(
+    flow: Flow,
+    merge: fx.Node,
+    shortcut: fx.Node,
+    memory: frozenset[tuple[str, int]],
+    dead: set[fx.Node],
+) -> bool:
+    if flow.storages(merge) & flow.storages(shortcut):
+        return False
+    if flow.region.path and any(memory & flow.storages(node) for node in flow.inputs):
+        # Code outside the region may write into what this region returns, or was given.
+        return True
+    gone = {flow.index[node] for node in dead}
+    writers = flow.writers_after(flow.storages(merge) | memory, flow.index[merge])
+    return any(writer not in gone for writer in writers)
