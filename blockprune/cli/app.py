@@ -1,0 +1,303 @@
+"""The commands and their options. What a command does lives in the module of its name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from blockprune.cli.options import (
+    parse_batches,
+    parse_budget,
+    parse_budgets,
+    parse_shape,
+)
+from blockprune.errors import BlockNotFoundError, BlockpruneError, ModelSpecError
+
+__all__ = ["Data", "Granularity", "app", "main"]
+
+# What was asked for does not exist: the command line is at fault, as for an unknown option.
+USAGE_ERRORS = (BlockNotFoundError, ModelSpecError)
+
+
+class Granularity(StrEnum):
+    """What counts as one block."""
+
+    branch = "branch"
+    layer = "layer"
+
+
+class Data(StrEnum):
+    """Where the batch that a criterion scores on comes from."""
+
+    random = "random"
+    digits = "digits"
+    cifar10 = "cifar10"
+
+
+class _Commands(TyperGroup):
+    """Commands whose expected errors end as one sentence, and the others as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _readable_warnings():
+            try:
+                return super().invoke(ctx)
+            except BlockpruneError as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(2 if isinstance(error, USAGE_ERRORS) else 1) from error
+
+
+@contextmanager
+def _readable_warnings() -> Iterator[None]:
+    """Print each warning once, as a sentence without the source line it came from."""
+    shown: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = str(message)
+        if text not in shown:
+            shown.add(text)
+            typer.echo(f"warning: {text}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find, rank and cut the residual blocks of a PyTorch model.",
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"blockprune {version('blockprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, blockprune:NAME or package.module:factory.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        metavar="FILE",
+        help="State dict: .safetensors, or a file for torch.load(weights_only=True). "
+        "Without it the weights are random.",
+    ),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SIZES",
+        help="Input shape, batch first, such as 1,3,224,224; repeat it for several inputs.",
+    ),
+]
+GranularityOption = Annotated[
+    Granularity, typer.Option(help="A block is one branch, or one whole layer.")
+]
+Criterion = Annotated[
+    str,
+    typer.Option(
+        "--criterion", "-c", metavar="NAME", help="See `blockprune criteria` for the names."
+    ),
+]
+DataOption = Annotated[
+    Data, typer.Option(help="The batch to score on; random says nothing about a trained net.")
+]
+DataRoot = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder that holds CIFAR-10.")]
+Seed = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of random weights, inputs and criteria."),
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Pattern of block names to keep, such as 'layer1.*'; may be repeated.",
+    ),
+]
+MinBlocks = Annotated[
+    int,
+    typer.Option(
+        "--min-blocks-per-stage", metavar="N", min=0, help="Residual blocks left in each stage."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+
+
+@app.command()
+def analyze(
+    model: Model,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    granularity: GranularityOption = Granularity.branch,
+    rejections: Annotated[
+        bool, typer.Option("--rejections", help="Also print every merge refused, and why.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Print the residual blocks that can be removed from MODEL."""
+    shapes = [parse_shape(text) for text in input_shape or []]
+    from blockprune.cli.analyze import run
+    from blockprune.cli.models import ModelSource
+
+    source = ModelSource(model, weights, shapes, seed)
+    run(source, granularity.value, with_rejections=rejections, as_json=as_json)
+
+
+@app.command()
+def prune(
+    model: Model,
+    p: Annotated[
+        str, typer.Option("-p", metavar="P", help="Blocks to remove: 3, or a share such as 0.25.")
+    ],
+    criterion: Criterion = "grasp",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The ticket file.")] = Path(
+        "ticket.safetensors"
+    ),
+    force: Force = False,
+    protect: Protect = None,
+    min_blocks_per_stage: MinBlocks = 0,
+    granularity: GranularityOption = Granularity.branch,
+    data: DataOption = Data.random,
+    data_root: DataRoot = Path("data"),
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Remove the least important blocks of MODEL and write the ticket."""
+    budget = parse_budget(p)
+    shapes = [parse_shape(text) for text in input_shape or []]
+    from blockprune.cli.models import ModelSource
+    from blockprune.cli.prune import check_out, run
+    from blockprune.cli.tickets import Recipe
+
+    check_out(out, force=force)
+    source = ModelSource(model, weights, shapes, seed)
+    recipe = Recipe(
+        criterion=criterion,
+        granularity=granularity.value,
+        data=data.value,
+        data_root=data_root,
+        protect=tuple(protect or ()),
+        min_blocks_per_stage=min_blocks_per_stage,
+        seed=seed,
+    )
+    run(source, recipe, budget, out, force=force, as_json=as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    p: Annotated[
+        str,
+        typer.Option(
+            "-p", metavar="P,...", help="Tickets to measure: 3, or several such as 1,3,0.5."
+        ),
+    ] = "1",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes, such as 1,8.")] = "1",
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, max=100_000, help="Timed rounds.")
+    ] = 30,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    criterion: Criterion = "grasp",
+    protect: Protect = None,
+    min_blocks_per_stage: MinBlocks = 0,
+    granularity: GranularityOption = Granularity.branch,
+    data: DataOption = Data.random,
+    data_root: DataRoot = Path("data"),
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL and its tickets side by side: latency, MACs, parameters."""
+    budgets = parse_budgets(p)
+    batches = parse_batches(batch)
+    shapes = [parse_shape(text) for text in input_shape or []]
+    from blockprune.cli.bench import check_device, run
+    from blockprune.cli.models import ModelSource
+    from blockprune.cli.tickets import Recipe
+
+    checked = check_device(device)
+    source = ModelSource(model, weights, shapes, seed)
+    recipe = Recipe(
+        criterion=criterion,
+        granularity=granularity.value,
+        data=data.value,
+        data_root=data_root,
+        protect=tuple(protect or ()),
+        min_blocks_per_stage=min_blocks_per_stage,
+        seed=seed,
+    )
+    run(source, recipe, budgets, batches, repeats, checked, as_json=as_json)
+
+
+@app.command()
+def criteria(as_json: Json = False) -> None:
+    """List the criteria that rank blocks."""
+    from blockprune.cli.criteria import run
+
+    run(as_json=as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path(
+        "blockprune-demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer epochs: seconds, not minutes.")
+    ] = False,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Train a ResNet32 and its GraSP tickets on handwritten digits; print who wins."""
+    from blockprune.cli.demo import demo_command
+
+    raise typer.Exit(demo_command(out=out, quick=quick, seed=seed, force=force))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

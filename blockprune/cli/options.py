@@ -1,0 +1,67 @@
+"""Option texts to values, refused before any work is done. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+import typer
+
+__all__ = ["parse_batches", "parse_budget", "parse_budgets", "parse_shape"]
+
+LARGEST_BATCH = 65_536
+
+
+def parse_budget(text: str) -> int | float:
+    """Read ``-p``: a count (``3``) or a share of the removable blocks (``0.25``)."""
+    try:
+        return _count(int(text))
+    except ValueError:
+        pass
+    try:
+        share = float(text)
+    except ValueError:
+        raise _refused("-p", text, "a count such as 3, or a share such as 0.25") from None
+    if math.isnan(share) or not 0 <= share <= 1:
+        raise _refused("-p", text, "a share between 0 and 1, or a count without a decimal point")
+    return share
+
+
+def _count(count: int) -> int:
+    if count < 0:
+        raise _refused("-p", str(count), "a count of 0 or more")
+    return count
+
+
+def parse_budgets(text: str) -> tuple[int | float, ...]:
+    """Read a list of budgets such as ``1,3,0.5``, each once, in the order given."""
+    budgets = [parse_budget(part.strip()) for part in text.split(",")]
+    # 1 is one block, 1.0 all of them, and the two are equal: the text keeps them apart.
+    return tuple({str(budget): budget for budget in budgets}.values())
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Read a list of batch sizes such as ``1,8``, each once, in the order given."""
+    sizes = _integers("--batch", text, "batch sizes such as 1,8")
+    for size in sizes:
+        if not 1 <= size <= LARGEST_BATCH:
+            raise _refused("--batch", text, f"sizes between 1 and {LARGEST_BATCH}")
+    return tuple(dict.fromkeys(sizes))
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read a shape such as ``1,3,224,224``."""
+    sizes = _integers("--input-shape", text, "positive sizes such as 1,3,224,224")
+    if any(size < 1 for size in sizes):
+        raise _refused("--input-shape", text, "positive sizes such as 1,3,224,224")
+    return sizes
+
+
+def _integers(option: str, text: str, wanted: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise _refused(option, text, wanted) from None
+
+
+def _refused(option: str, text: str, wanted: str) -> typer.BadParameter:
+    return typer.BadParameter(f"{option} {text!r} is not valid: give {wanted}.")

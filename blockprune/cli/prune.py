@@ -1,0 +1,82 @@
+"""``blockprune prune``: cut the least important blocks and write the ticket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockprune.cli.models import ModelSource
+from blockprune.cli.output import count, print_json, print_line, print_table, working
+from blockprune.cli.tickets import Recipe, Workbench
+from blockprune.costs import model_costs
+from blockprune.errors import TicketError
+from blockprune.tickets import save_ticket
+
+__all__ = ["check_out", "run"]
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse an output path before any work: what exists, what has no folder.
+
+    Raises:
+        TicketError: ``out`` exists and ``force`` is off, or it cannot be a file.
+    """
+    if out.is_dir():
+        raise TicketError(f"{out} is a folder; give --out the name of a file.")
+    if out.exists() and not force:
+        raise TicketError(f"{out} exists; pass --force to replace it, or give another --out.")
+    if not out.absolute().parent.is_dir():
+        raise TicketError(
+            f"{out.absolute().parent} is no folder; create it, or give another --out."
+        )
+
+
+def run(
+    source: ModelSource,
+    recipe: Recipe,
+    budget: int | float,
+    out: Path,
+    *,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Prune a model, write the ticket and print what went.
+
+    Args:
+        source: the model and its inputs.
+        recipe: how the blocks are chosen.
+        budget: a count, or a share of the removable blocks.
+        out: the ticket file.
+        force: replace ``out`` where it exists.
+        as_json: print JSON in place of tables.
+    """
+    with working(f"Pruning {source.spec} ..."):
+        model = source.build()
+        inputs = source.inputs(model)
+        bench = Workbench(model, inputs, recipe, [budget])
+        [plan] = bench.plans
+        ticket = bench.cut(plan)
+        dense_costs = model_costs(model, inputs)
+        ticket_costs = model_costs(ticket, inputs)
+        save_ticket(ticket, out, overwrite=force)
+    if as_json:
+        print_json(
+            {
+                "model": source.spec,
+                "out": str(out),
+                "plan": plan.model_dump(mode="json"),
+                "dense": {"params": dense_costs.params, "macs": dense_costs.macs},
+                "ticket": {"params": ticket_costs.params, "macs": ticket_costs.macs},
+            }
+        )
+        return
+    removable = len(bench.analysis.blocks)
+    print_line(f"{source.spec}: {len(plan.remove)} of {removable} blocks removed")
+    gone = set(plan.remove)
+    rows = [(name, f"{plan.scores[name]:.4g}") for name in bench.analysis.names if name in gone]
+    if rows:
+        print_table(
+            ("block", f"{recipe.criterion} score"), rows, numeric=(f"{recipe.criterion} score",)
+        )
+    print_line(f"parameters {count(dense_costs.params)} -> {count(ticket_costs.params)}")
+    print_line(f"MACs       {count(dense_costs.macs)} -> {count(ticket_costs.macs)}")
+    print_line(f"Verified against the dense model; written to {out}")

@@ -1,0 +1,444 @@
+"""The command line: what it prints, what it writes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blockprune.cli import main
+from blockprune.cli.output import wrap_name
+from blockprune.models import resnet20
+from blockprune.scoring import score_blocks
+
+# The command line prints warnings; that it prints the right ones is asserted on stderr.
+pytestmark = pytest.mark.filterwarnings("default")
+
+RESNET20 = "blockprune:resnet20"
+BLOCK_MACS = 4_718_592
+DENSE_MACS = 40_813_184
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Run the command line in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["blockprune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def _json(cli: Cli, *arguments: object) -> Any:
+    code, out, err = cli(*arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys; from blockprune.cli import main; sys.argv = ['blockprune', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'torchvision', 'sklearn', 'timm'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines()[-1] == "[]"
+    for command in ("analyze", "prune", "bench", "criteria", "demo"):
+        assert command in ran.stdout
+
+
+def test_analyze_prints_the_blocks_at_80_columns(cli: Cli) -> None:
+    code, out, err = cli("analyze", RESNET20)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "7 removable blocks" in lines[0]
+    assert "40,813,184 MACs" in lines[1]
+    assert sum("4,718,592" in line for line in lines) == 7
+    assert "2 merges refused; --rejections says why." in lines[-1]
+    assert max(map(len, lines)) <= 80
+
+
+def test_analyze_says_why_a_merge_is_refused(cli: Cli) -> None:
+    _, out, _ = cli("analyze", RESNET20, "--rejections")
+    assert "layer2.0  projection_shortcut  1x32x16x16" in out
+    assert "layer3.0  projection_shortcut  1x64x8x8" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_analyze_as_json(cli: Cli) -> None:
+    found = _json(cli, "analyze", RESNET20)
+    assert found["inputs"] == [[1, 3, 32, 32]]
+    assert found["macs"] == DENSE_MACS
+    assert [b["name"] for b in found["blocks"]][:4] == [
+        "layer1.0",
+        "layer1.1",
+        "layer1.2",
+        "layer2.1",
+    ]
+    assert {b["macs"] for b in found["blocks"]} == {BLOCK_MACS}
+    assert [r["reason"] for r in found["rejections"]] == ["projection_shortcut"] * 2
+
+
+def test_granularity_changes_what_a_block_is(cli: Cli) -> None:
+    spec = "torchvision:vit_b_32"
+    branches = _json(cli, "analyze", spec)["blocks"]
+    layers = _json(cli, "analyze", spec, "--granularity", "layer")["blocks"]
+    assert (len(branches), len({b["owner"] for b in branches}), len(layers)) == (24, 12, 12)
+    _, out, _ = cli("analyze", spec)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "24 removable blocks (branches) in 12 modules" in out
+
+
+def test_a_model_without_blocks_is_analysed(cli: Cli) -> None:
+    code, out, err = cli("analyze", "torchvision:vgg11", "--input-shape", "1,3,32,32")
+    assert (code, err) == (0, "")
+    assert "0 removable blocks" in out
+
+
+def test_input_shape_sets_the_size(cli: Cli) -> None:
+    found = _json(cli, "analyze", RESNET20, "--input-shape", "2,3,16,16")
+    assert found["inputs"] == [[2, 3, 16, 16]]
+    assert found["macs"] < DENSE_MACS
+
+
+def test_a_factory_of_the_current_directory(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "here_it_is.py").write_text(
+        "from blockprune.models import resnet32\n"
+        "class Nets:\n    small = staticmethod(resnet32)\n"
+        "ready = resnet32()\nnumber = 3\n"
+        "def asks(size): return resnet32()\n"
+        "def lies(): return 'a net'\n"
+    )
+    assert len(_json(cli, "analyze", "here_it_is:Nets.small")["blocks"]) == 13
+    assert len(_json(cli, "analyze", "here_it_is:ready")["blocks"]) == 13
+    for attribute, message in [
+        ("number", "neither a model nor a callable"),
+        ("asks", "without arguments"),
+        ("lies", "gives a str"),
+        ("redy", "Did you mean ready"),
+    ]:
+        code, out, err = cli("analyze", f"here_it_is:{attribute}")
+        assert (code, out) == (2, "")
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet20", "torchvision:NAME"),
+        ("torchvision:", "torchvision:NAME"),
+        ("torchvision:resnet51", "Did you mean resnet50"),
+        ("timm:convnext_tinny", "Did you mean convnext_tiny"),
+        ("blockprune:resnet33", "resnet32"),
+        ("no_such_module:net", "does not import"),
+    ],
+)
+def test_a_spec_that_names_nothing(cli: Cli, spec: str, message: str) -> None:
+    code, out, err = cli("analyze", spec)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_error_of_the_users_own_code_keeps_its_traceback(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "it_breaks.py").write_text("def net(): raise ZeroDivisionError('mine')\n")
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        cli("analyze", "it_breaks:net")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "state_dict", "checkpoint", "data_parallel"])
+def test_weights_are_loaded(cli: Cli, tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(5)
+    state = resnet20().state_dict()
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "checkpoint":
+        torch.save({"epoch": 3, "state_dict": state}, path)
+    elif kind == "data_parallel":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    scored = _json(cli, "prune", RESNET20, "-p", 1, "-c", "l1", "--weights", path, "--seed", 9)
+    trained = resnet20()
+    trained.load_state_dict(state)
+    expected = score_blocks(trained, "l1", example_inputs=torch.zeros(1, 3, 32, 32))
+    assert scored["plan"]["scores"] == expected.scores
+
+
+class Payload:
+    """Would run code where a pickle is trusted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.write_text, (Path("ran.txt"), "it ran"))
+
+
+def test_weights_that_do_not_fit_are_refused(cli: Cli, tmp_path: Path) -> None:
+    state = resnet20().state_dict()
+    faults = {
+        "missing": {key: value for key, value in state.items() if key != "fc.bias"},
+        "unknown": {**state, "extra.weight": torch.zeros(2)},
+        "another shape": {**state, "fc.bias": torch.zeros(7)},
+    }
+    for message, fault in faults.items():
+        torch.save(fault, tmp_path / "w.pt")
+        code, out, err = cli("analyze", RESNET20, "--weights", "w.pt")
+        assert (code, out) == (2, "")
+        assert message in err
+    assert "fc.bias (7, not 10)" in err
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_file_of_weights_runs_no_code(cli: Cli, tmp_path: Path, name: str) -> None:
+    torch.save({"fc.bias": Payload()}, tmp_path / name)
+    code, out, err = cli("analyze", RESNET20, "--weights", name)
+    assert (code, out) == (2, "")
+    assert "cannot be read as a state dict" in err
+    assert not (tmp_path / "ran.txt").exists()
+
+
+def test_a_file_that_is_not_weights(cli: Cli, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "holds no state dict" in cli("analyze", RESNET20, "--weights", "list.pt")[2]
+    assert "cannot be read" in cli("analyze", RESNET20, "--weights", "text.pt")[2]
+    assert cli("analyze", RESNET20, "--weights", "absent.pt")[0] == 2
+
+
+def test_prune_writes_a_ticket_that_loads(cli: Cli, tmp_path: Path) -> None:
+    from blockprune import load_ticket
+
+    code, out, err = cli("prune", RESNET20, "-p", 2, "-c", "random", "--out", "t.safetensors")
+    assert (code, err) == (0, "")
+    assert "2 of 7 blocks removed" in out
+    assert "t.safetensors" in out
+    ticket = load_ticket(resnet20(), tmp_path / "t.safetensors")
+    left = sum(p.numel() for p in ticket.parameters())
+    assert f"-> {left:,}" in out
+
+
+def test_prune_warns_once_that_it_saw_no_data(cli: Cli) -> None:
+    _, _, err = cli("prune", RESNET20, "-p", 1)
+    [line] = err.splitlines()
+    assert line.startswith("warning: ")
+    assert "random" in line
+    assert cli("prune", RESNET20, "-p", 1, "--data", "digits", "--force")[2] == ""
+
+
+def test_data_must_fit_the_model(cli: Cli) -> None:
+    code, _, err = cli("prune", RESNET20, "-p", 1, "--data", "cifar10")
+    assert (code, "CIFAR-10" in err) == (1, True)
+    options = ("--input-shape", "1,3,16,16", "--data", "cifar10")
+    code, _, err = cli("prune", RESNET20, "-p", 1, *options)
+    assert (code, "3x32x32" in err) == (1, True)
+
+
+def test_prune_refuses_an_existing_path_before_any_work(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.cli import models
+
+    def build(spec: str, seed: int) -> torch.nn.Module:
+        pytest.fail(f"{spec} was built with seed {seed}")
+
+    (tmp_path / "t.safetensors").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(models, "build_model", build)
+    for out, message in [
+        ("t.safetensors", "--force"),
+        ("folder", "is a folder"),
+        ("nowhere/t.safetensors", "is no folder"),
+    ]:
+        code, _, err = cli("prune", RESNET20, "-p", 1, "--out", out)
+        assert (code, message in err) == (1, True)
+    assert (tmp_path / "t.safetensors").read_text() == "precious"
+
+
+def test_force_replaces_a_ticket(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "ticket.safetensors").write_text("old")
+    assert cli("prune", RESNET20, "-p", 1, "-c", "l1", "--force")[0] == 0
+    assert (tmp_path / "ticket.safetensors").read_bytes() != b"old"
+
+
+def test_protected_blocks_stay(cli: Cli) -> None:
+    options = ("--protect", "layer1.*", "--protect", "layer2.*", "-c", "random")
+    plan = _json(cli, "prune", RESNET20, "-p", 2, *options)["plan"]
+    assert plan["remove"] == ["layer3.1", "layer3.2"]
+
+
+def test_min_blocks_per_stage(cli: Cli) -> None:
+    options = ("--min-blocks-per-stage", 2, "-c", "random", "--out", "two.safetensors")
+    plan = _json(cli, "prune", RESNET20, "-p", 3, *options)["plan"]
+    stages = [name.split(".")[0] for name in plan["remove"]]
+    assert sorted(stages) == ["layer1", "layer2", "layer3"]
+    code, _, err = cli("prune", RESNET20, "-p", 4, *options, "--force")
+    assert (code, "3" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "message"),
+    [
+        (RESNET20, "8", "7"),
+        ("torchvision:vgg11", "1", "no removable"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(cli: Cli, model: str, budget: str, message: str) -> None:
+    code, out, err = cli("prune", model, "-p", budget, "-c", "random", "--input-shape", "1,3,32,32")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-p", "-1"),
+        ("-p", "nan"),
+        ("-p", "1.5"),
+        ("-p", "two"),
+        ("-p", ""),
+        ("-p", "1,,2"),
+        ("--batch", "0"),
+        ("--batch", "-4"),
+        ("--batch", "1,x"),
+        ("--batch", "99999999"),
+        ("--repeats", "0"),
+        ("--repeats", "many"),
+        ("--device", "toaster"),
+        ("--device", "cuda:99"),
+        ("--device", "meta"),
+        ("--criterion", "grsap"),
+        ("--input-shape", "1,3,0,0"),
+        ("--input-shape", "big"),
+        ("--granularity", "stage"),
+        ("--data", "imagenet"),
+        ("--seed", "-1"),
+        ("--min-blocks-per-stage", "-1"),
+    ],
+    ids="=".join,
+)
+def test_nonsense_is_refused_before_any_work(
+    cli: Cli, options: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.cli import models
+
+    def build(spec: str, seed: int) -> torch.nn.Module:
+        pytest.fail(f"{spec} was built with seed {seed}")
+
+    monkeypatch.setattr(models, "build_model", build)
+    code, out, err = cli("bench", RESNET20, *options)
+    assert (code, out) == (2, "")
+    assert options[0].lstrip("-") in err or options[1] in err
+    assert "Traceback" not in err
+
+
+def test_bench_counts_to_the_unit(cli: Cli) -> None:
+    options = ("-p", "1,3,0.5", "-c", "random", "--batch", "1,2", "--repeats", 2)
+    found = _json(cli, "bench", RESNET20, *options)
+    networks = found["networks"]
+    assert [n["name"] for n in networks] == ["dense", "p=1", "p=3", "p=0.5"]
+    assert [len(n["removed"]) for n in networks] == [0, 1, 3, 3]
+    for network in networks:
+        gone = len(network["removed"])
+        assert network["macs"] == DENSE_MACS - gone * BLOCK_MACS
+        assert network["macs_saved_percent"] == pytest.approx(100 * gone * BLOCK_MACS / DENSE_MACS)
+        assert [timed["batch"] for timed in network["latency"]] == [1, 2]
+        assert all(timed["median_ms"] > 0 for timed in network["latency"])
+
+
+@pytest.mark.parametrize(
+    ("model", "saved"),
+    [
+        ("resnet32", {1: "6.826", 3: "20.479", 4: "27.305", 5: "34.131"}),
+        ("resnet56", {3: "11.257", 4: "15.010", 5: "18.762", 12: "45.029"}),
+    ],
+)
+def test_bench_prints_the_flops_column_of_the_paper(
+    cli: Cli, model: str, saved: dict[int, str]
+) -> None:
+    budgets = ",".join(map(str, saved))
+    options = ("-p", budgets, "-c", "random", "--repeats", 1)
+    code, out, err = cli("bench", f"blockprune:{model}", *options)
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("p=")}
+    assert max(map(len, out.splitlines())) <= 80
+    first = out.split("latency ms")[0].splitlines()
+    macs = {line.split()[0]: line.split()[-2] for line in first if line.startswith("p=")}
+    assert macs == {f"p={p}": percent for p, percent in saved.items()}
+    assert set(rows) == set(macs)
+
+
+def test_one_block_and_all_of_them_are_two_budgets(cli: Cli) -> None:
+    options = ("-p", "1,1.0,1", "-c", "random", "--repeats", 1, "--batch", "1,1")
+    networks = _json(cli, "bench", RESNET20, *options)["networks"]
+    assert [len(network["removed"]) for network in networks] == [0, 1, 7]
+    assert [len(network["latency"]) for network in networks] == [1, 1, 1]
+
+
+def test_criteria_are_listed(cli: Cli) -> None:
+    from blockprune.criteria import CRITERIA
+
+    listed = _json(cli, "criteria")
+    assert list(listed) == list(CRITERIA)
+    assert all(listed.values())
+    _, out, _ = cli("criteria")
+    assert all(name in out for name in CRITERIA)
+
+
+def test_demo_gets_its_options_and_gives_its_exit_code(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.cli import demo
+
+    calls: list[dict[str, object]] = []
+
+    def demo_command(**options: object) -> int:
+        calls.append(options)
+        return 3
+
+    monkeypatch.setattr(demo, "demo_command", demo_command)
+    assert cli("demo", "--quick", "--out", "here", "--seed", 4)[0] == 3
+    assert calls == [{"out": Path("here"), "quick": True, "seed": 4, "force": False}]
+
+
+def test_version(cli: Cli) -> None:
+    code, out, _ = cli("--version")
+    assert (code, out.split()[0]) == (0, "blockprune")
+
+
+def test_no_command_prints_the_help(cli: Cli) -> None:
+    _, out, err = cli()
+    assert "analyze" in out + err
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("a.b", 80, ["a.b"]),
+        ("encoder.layers.0", 8, ["encoder.", "layers.0"]),
+        ("undotted_but_long", 4, ["undotted_but_long"]),
+        ("", 4, [""]),
+    ],
+)
+def test_names_break_at_their_dots(name: str, width: int, lines: list[str]) -> None:
+    assert wrap_name(name, width).split("\n") == lines
