@@ -20,6 +20,7 @@ from blockprune.tracing import Region, TensorFact, holds_tensor
 __all__ = ["Flow"]
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
+_ASSERTIONS = frozenset({torch._assert, torch._assert_async})
 _CAST_METHODS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 
 
@@ -66,6 +67,7 @@ class Flow:
             for storage in facts.written[node]:
                 last_writer[storage] = node
                 self._writers.setdefault(storage, []).append(position)
+        self._checks = self._find_checks()
 
     # --- values ---------------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class Flow:
     def dead_without(self, replaced: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
         """Return the nodes that nobody reads any more once each key is replaced by its value.
 
-        The replaced nodes themselves are included.
+        The replaced nodes themselves are included, and assertions about what has died.
         """
         dead: set[fx.Node] = set()
         pending = [source for node in replaced for source in self.sources[node]]
@@ -226,7 +228,24 @@ class Flow:
             if all(reader in dead for reader in self._readers_given(node, replaced)):
                 dead.add(node)
                 pending.extend(self.sources[node])
+        pending = list(dead)
+        while pending:
+            for reader in self.readers[pending.pop()]:
+                if reader in self._checks and reader not in dead:
+                    dead.add(reader)
+                    pending.append(reader)
         return dead | set(replaced)
+
+    def _find_checks(self) -> set[fx.Node]:
+        """Return the assertions, and what is computed for them alone: they keep nothing alive."""
+        checks: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            readers = self.readers[node]
+            is_assertion = node.op == "call_function" and node.target in _ASSERTIONS
+            serves_only_them = bool(readers) and checks.issuperset(readers)
+            if is_assertion or (serves_only_them and node.op != "placeholder"):
+                checks.add(node)
+        return checks
 
     def _readers_given(
         self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node]
@@ -236,6 +255,8 @@ class Flow:
         while pending:
             value = pending.pop()
             for reader in self.readers[value]:
+                if reader in self._checks:
+                    continue
                 if reader not in replaced:
                     yield reader
                 elif self._hands_on(value, replaced[reader]):

@@ -15,7 +15,7 @@ from blockprune.surgery.assemble import assemble, graph_module
 from blockprune.surgery.record import TicketRecord, attach, record_of
 from blockprune.surgery.rewrite import copy_graph, reference_graph, ticket_graph
 from blockprune.surgery.verify import verify as verify_ticket
-from blockprune.tracing import copy_model
+from blockprune.tracing import copy_model, isolated
 
 __all__ = ["cut_blocks", "remove_blocks"]
 
@@ -98,7 +98,8 @@ def cut_blocks(
     for region in analysis.traced.regions:
         if region.path == "" and region.path not in graphs:
             graphs[""], references[""] = copy_graph(region.graph)[0], copy_graph(region.graph)[0]
-    ticket = assemble(copy_model(model), graphs, graph_module)
+    with isolated():
+        ticket = assemble(copy_model(model), graphs, graph_module)
     _warn_of_lost_hooks(model, graphs)
     verified: tuple[str, ...] = ()
     if verify:

@@ -87,6 +87,13 @@ class _Interpreted(nn.Module):
         self.graph = graph
         self.seeded = seeded
 
+    def __getattr__(self, name: str) -> Any:
+        # Code around the region may ask its module for more than a call.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         interpreter = _Seeded if self.seeded else CallInterpreter
         return interpreter(self.module, graph=self.graph).run_call(Call(args, kwargs))

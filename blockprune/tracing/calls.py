@@ -19,9 +19,17 @@ from torch import Tensor, nn
 from torch.fx.node import has_side_effect
 
 from blockprune.errors import TraceError
-from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors
+from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
-__all__ = ["Binding", "Call", "as_call", "bind", "expect_constant"]
+__all__ = [
+    "Binding",
+    "Call",
+    "as_call",
+    "bind",
+    "constants_of",
+    "expect_constant",
+    "refused",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +122,19 @@ def bind(module: nn.Module, call: Call) -> list[Binding]:
             )
         )
     return bindings
+
+
+def refused(module: nn.Module, call: Call, error: Exception) -> TraceError:
+    """Return the error for a module that does not run on a call, quoting its own."""
+    given = (call.args, call.kwargs)
+    found = [*tensors_in(given), *tensors_in(given, TensorFact)]
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found) or "(none)"
+    reason = str(error).strip().partition("\n")[0]
+    return TraceError(
+        f"{type(module).__name__} does not run on inputs of shape {shapes}: "
+        f"{type(error).__name__}: {reason}. "
+        "Pass example_inputs that the model's own forward accepts."
+    )
 
 
 def constants_of(bindings: list[Binding]) -> list[tuple[str, Any]]:

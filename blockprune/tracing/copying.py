@@ -52,15 +52,20 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Run a block with every random generator put back afterwards, and attention on one path.
+    """Run a block with every random generator put back afterwards, and as plain eager code.
 
     The fused "fast path" of `nn.MultiheadAttention` exists only outside autograd, so it would make
-    two computations of one function differ; it is switched off in here.
+    two computations of one function differ; compiled modules cannot be traced; and inference mode
+    hides who writes into what. All three are switched off in here.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with preserved_rng():
+        with (
+            preserved_rng(),
+            torch.inference_mode(False),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

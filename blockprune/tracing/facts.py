@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockprune.errors import TraceError
-from blockprune.tracing.calls import Call
+from blockprune.tracing.calls import Call, refused
 from blockprune.tracing.copying import structural_copy
 from blockprune.tracing.interpreting import CallInterpreter
 from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
@@ -104,12 +104,7 @@ def _observe(graph: fx.Graph, module: nn.Module, call: Call, facts: Facts, *, tr
         try:
             seen = _run(graph, copy, ready, train)
         except Exception as error:
-            shapes = [tuple(t.shape) for t in tensors_in((ready.args, ready.kwargs))]
-            raise TraceError(
-                f"{type(module).__name__} does not run on inputs of shape "
-                f"{', '.join(map(str, shapes)) or '(none)'}: {type(error).__name__}: {error}. "
-                "Pass example_inputs that the model's own forward accepts."
-            ) from error
+            raise refused(module, call, error) from error
     for name in ("storages", "written"):
         known = getattr(facts, name)
         for node, found in getattr(seen, name).items():

@@ -8,6 +8,7 @@ reported as opaque, with the reason. A region's inputs are those of one eager fo
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockprune.errors import TraceError
-from blockprune.tracing.calls import Call, as_call, bind, constants_of, expect_constant
+from blockprune.tracing.calls import Call, as_call, bind, constants_of, refused
 from blockprune.tracing.copying import isolated, structural_copy
 from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.modes import trace_both_modes
 from blockprune.tracing.tracer import Leaves
-from blockprune.tracing.values import tensors_in
 
 __all__ = ["Region", "TracedModel", "trace_model"]
+
+_PURE_FUNCTIONS = frozenset({getattr, len, operator.getitem})
+_PURE_METHODS = frozenset({"dim", "numel", "size", "stride"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +86,11 @@ def trace_model(
     Raises:
         TraceError: the model cannot be copied, or does not run on `example_inputs`.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{type(model).__name__} is a TorchScript module, which holds compiled code and no "
+            "forward to follow. Pass the nn.Module that it was made from."
+        )
     call = as_call(model, example_inputs)
     with isolated():
         walk = _Walk(structural_copy(model), call)
@@ -191,13 +199,10 @@ def _graph_of(module: nn.Module, call: Call, leaves: Leaves) -> fx.Graph:
 def _drop_unused(graph: fx.Graph) -> None:
     """Erase pure nodes that nothing reads, such as the weights of `x, weights = attention(x)`."""
     for node in reversed(graph.nodes):
-        is_pure = node.op == "get_attr" or (
-            node.op == "call_function"
-            and node.target is not expect_constant
-            and getattr(node.target, "__module__", "") in ("_operator", "builtins")
-            and not str(getattr(node.target, "__name__", "")).startswith(
-                ("i", "setitem", "delitem")
-            )
+        is_pure = (
+            node.op == "get_attr"
+            or (node.op == "call_function" and node.target in _PURE_FUNCTIONS)
+            or (node.op == "call_method" and node.target in _PURE_METHODS)
         )
         if is_pure and not node.users:
             graph.erase_node(node)
@@ -222,12 +227,7 @@ def _record_calls(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call
             copy = structural_copy(root).eval()
             return _run_with_hooks(copy, call.map(lambda tensor: tensor.detach().clone()))
     except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
-        raise TraceError(
-            f"{type(root).__name__} does not run on inputs of shape "
-            f"{', '.join(map(str, shapes)) or '(none)'}: {type(error).__name__}: {error}. "
-            "Pass example_inputs that the model's own forward accepts."
-        ) from error
+        raise refused(root, call, error) from error
 
 
 def _run_with_hooks(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
