@@ -41,8 +41,8 @@ _SEED = 20240229
 _OUTPUT_ULPS = 4.0
 _GRADIENT_ULPS = 32.0
 
-_Outcome = tuple[Any, dict[str, Tensor]]
-"""Outputs, and gradients by the name of the parameter."""
+_Outcome = tuple[Any, dict[str, Tensor] | None]
+"""Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
 
 
 def verify(
@@ -173,12 +173,14 @@ def _reference_outcome(dense: _Side, call: Call, mode: str) -> tuple[Call, _Outc
     """Return inputs that the reference runs on in this mode and what it gives, else None."""
     # A single value a channel cannot be normalised in train mode; two samples can.
     doubled = call.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
-    for candidate in (call, doubled):
-        try:
-            return candidate, _run_with_gradients(dense, candidate, mode)
-        except Exception:
-            if mode == "eval":
-                raise
+    for differentiate in (True, False):  # some networks overwrite what their backward needs
+        for candidate in (call, doubled):
+            try:
+                return candidate, _outcome(dense, candidate, mode, differentiate=differentiate)
+            except Exception as error:
+                refusal = error
+    if mode == "eval":
+        raise refusal
     return None
 
 
@@ -186,15 +188,21 @@ def _compare_sides(
     place: str, dense: _Side, kept: _Side, call: Call, reference: _Outcome, mode: str
 ) -> None:
     expected, gradients = reference
-    found, kept_gradients = _run_with_gradients(kept, call, mode)
+    try:
+        found, kept_gradients = _outcome(kept, call, mode, differentiate=gradients is not None)
+    except Exception as error:
+        raise VerificationError(
+            f"{place} fails where the zero-branch reference runs, in {mode} mode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     difference = _difference(found, expected, _OUTPUT_ULPS)
     if difference:
         raise VerificationError(
             f"{place} differs from the zero-branch reference in {mode} mode at "
             f"{_locate(dense, kept, call, mode)}: {difference}"
         )
-    for name, gradient in kept_gradients.items():
-        wanted = gradients.get(name, torch.zeros_like(gradient))
+    for name, gradient in (kept_gradients or {}).items():
+        wanted = (gradients or {}).get(name, torch.zeros_like(gradient))
         difference = _difference(gradient, wanted, _GRADIENT_ULPS)
         if difference:
             raise VerificationError(
@@ -203,37 +211,38 @@ def _compare_sides(
             )
 
 
-def _run_with_gradients(side: _Side, call: Call, mode: str) -> _Outcome:
+def _outcome(side: _Side, call: Call, mode: str, *, differentiate: bool) -> _Outcome:
     """Return outputs, and gradients of a fixed random projection of them by parameter name."""
     module = side.module.train(mode == "train")
     interpreted = _Interpreted(module, side.graph, seeded=True)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     fresh = _fresh(call)
-    with torch.enable_grad():
-        outputs = interpreted(*fresh.args, **fresh.kwargs)
-        heads = [t for t in tensors_in(outputs) if t.requires_grad]
-        # A tied weight has several names, and the ticket may have lost the first of them.
-        every = module.named_parameters(remove_duplicate=False)
-        named = {name: parameter for name, parameter in every if parameter.requires_grad}
-        generator = torch.Generator().manual_seed(_SEED)
-        cotangents = [
-            torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
-            for t in heads
-        ]
-        gradients = (
-            torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
-            if heads and named
-            else [None] * len(named)
-        )
-    # The next run starts from the same running statistics.
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-    return outputs, {
-        name: gradient
-        for name, gradient in zip(named, gradients, strict=True)
-        if gradient is not None
-    }
+    try:
+        with torch.set_grad_enabled(differentiate):
+            outputs = interpreted(*fresh.args, **fresh.kwargs)
+            return outputs, _gradients(outputs, module) if differentiate else None
+    finally:
+        # The next run starts from the same running statistics.
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def _gradients(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
+    heads = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+    # A tied weight has several names, and the ticket may have lost the first of them.
+    every = module.named_parameters(remove_duplicate=False)
+    named = {name: parameter for name, parameter in every if parameter.requires_grad}
+    if not heads or not named:
+        return {}
+    generator = torch.Generator().manual_seed(_SEED)
+    cotangents = [
+        torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
+        for t in heads
+    ]
+    found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
+    pairs = zip(named, found, strict=True)
+    return {name: gradient for name, gradient in pairs if gradient is not None}
 
 
 def _locate(dense: _Side, kept: _Side, call: Call, mode: str) -> str:
