@@ -152,7 +152,8 @@ class PruningPlan(BaseModel):
         except ValidationError as error:
             found = "; ".join(
                 f"{'.'.join(map(str, problem['loc'])) or 'plan'}: {problem['msg']}"
-                for problem in error.errors(include_url=False, include_input=False)
+                + (f", found {problem['input']!r}" if problem["loc"] == ("version",) else "")
+                for problem in error.errors(include_url=False)
             )
             raise PlanError(
                 f"This is not a pruning plan of version {PLAN_VERSION}: {found}. "

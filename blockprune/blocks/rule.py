@@ -136,6 +136,10 @@ def parameters_read(node: fx.Node, flow: Flow) -> Iterator[tuple[str, nn.Paramet
             yield str(node.target), value
 
 
+def _reads_parameters(nodes: set[fx.Node], flow: Flow) -> bool:
+    return any(True for node in flow.with_state(nodes) for _ in parameters_read(node, flow))
+
+
 def _attribute(module: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     return getattr(module.get_submodule(parent), name)
@@ -197,7 +201,7 @@ def _judge(
             Reason.MUTATES_SHORTCUT,
             f"{flow.nodes[writer].name} writes into the shortcut before it is added",
         )
-    if not any(True for inner in flow.with_state(nodes) for _ in parameters_read(inner, flow)):
+    if not _reads_parameters(nodes, flow):
         return Refusal(node, Reason.NO_PARAMETERS, "the branch reads no parameter")
     dead = flow.dead_without({node: shortcut})
     for inner in sorted(nodes, key=flow.index.__getitem__):
@@ -221,14 +225,17 @@ def _explain(merge: Merge, flow: Flow) -> Refusal:
             node, Reason.INDEPENDENT_OPERANDS, f"{a.name} and {b.name} share no activation"
         )
     paths = [(flow.between(ancestor, operand), operand) for operand in (a, b)]
-    path, operand = min(paths, key=lambda pair: len(pair[0]))
+    # The shortcut is the shorter way; of two equally long ones, the one that says most.
+    path, operand = min(
+        paths, key=lambda pair: (len(pair[0]), _rank(ancestor, pair[0], pair[1], flow))
+    )
     if merge.alpha != 1 and operand is b and not path:
         return Refusal(node, Reason.SCALED_SHORTCUT, f"the shortcut is multiplied by {merge.alpha}")
     if path and all(_scales(step) for step in path):
         return Refusal(
             node, Reason.SCALED_SHORTCUT, f"the shortcut is scaled by {_names(path, flow)}"
         )
-    if any(True for step in flow.with_state(path) for _ in parameters_read(step, flow)):
+    if _reads_parameters(path, flow):
         return Refusal(
             node,
             Reason.PROJECTION_SHORTCUT,
@@ -246,6 +253,13 @@ def _explain(merge: Merge, flow: Flow) -> Refusal:
         Reason.INDEPENDENT_OPERANDS,
         f"neither operand is the other's input: the shorter one goes through {_names(path, flow)}",
     )
+
+
+def _rank(ancestor: fx.Node, path: set[fx.Node], operand: fx.Node, flow: Flow) -> int:
+    if _reads_parameters(path, flow):
+        return 1
+    before, after = flow.fact(ancestor), flow.fact(operand)
+    return 0 if before and after and before.shape != after.shape else 2
 
 
 def _scales(node: fx.Node) -> bool:

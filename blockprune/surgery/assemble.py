@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import SimpleNamespace
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
@@ -36,8 +36,8 @@ def graph_module(path: str, module: nn.Module, graph: fx.Graph) -> fx.GraphModul
     """Return a `GraphModule` that runs `graph` with what it needs of `module`, modes kept.
 
     Code around a region inside a model may ask its module for more than a call (`layer.attention.
-    batch_first`). Such a region keeps the plain attributes of `module`, and of each child that went
-    a shell: its class and plain attributes, without weights.
+    batch_first`). Such a region keeps the plain attributes of `module`, and those of each child
+    that went, as plain values: no module and no weight stays behind.
     """
     result = fx.GraphModule(module, graph, class_name=type(module).__name__)
     if path:
@@ -52,38 +52,23 @@ def graph_module(path: str, module: nn.Module, graph: fx.Graph) -> fx.GraphModul
 
 
 def _keep_attributes(module: nn.Module, result: fx.GraphModule) -> None:
-    plain = {
-        name: value
-        for name, value in _plain_attributes(module).items()
-        if not hasattr(result, name)
+    kept = {
+        name: value for name, value in vars(_outline(module)).items() if not hasattr(result, name)
     }
     # Under this key a deep copy of a GraphModule takes attributes along.
-    result.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = plain
-    for name, value in plain.items():
+    result.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept
+    for name, value in kept.items():
         setattr(result, name, value)
-    for name, child in module.named_children():
-        if name not in result._modules:
-            result.add_module(name, _shell(child))
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what a module's own code has set on it, but for modules, tensors and functions."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name not in vars(nn.Module()) and not isinstance(value, Tensor) and not callable(value)
-    }
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    """Return an object of the module's class with its plain attributes and children's shells."""
-    shell = type(module).__new__(type(module))
-    nn.Module.__init__(shell)
-    shell.training = module.training
-    vars(shell).update(_plain_attributes(module))
+def _outline(module: nn.Module) -> SimpleNamespace:
+    """Return what a module's own code has set on it: children as outlines, tensors as None."""
+    outline = SimpleNamespace()
+    for name, value in vars(module).items():
+        if name not in vars(nn.Module()) and not isinstance(value, Tensor) and not callable(value):
+            setattr(outline, name, value)
     for name in (*module._parameters, *module._buffers):
-        # Absent, as it is where a module was made without a bias.
-        shell.register_parameter(name, None)
+        setattr(outline, name, None)
     for name, child in module.named_children():
-        shell.add_module(name, _shell(child))
-    return shell
+        setattr(outline, name, _outline(child))
+    return outline

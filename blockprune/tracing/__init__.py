@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockprune.tracing.calls import Call, as_call
+from blockprune.tracing.calls import Call, as_call, refused
 from blockprune.tracing.copying import copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter
@@ -21,6 +21,7 @@ __all__ = [
     "holds_tensor",
     "isolated",
     "map_tensors",
+    "refused",
     "structural_copy",
     "tensors_in",
     "trace_model",

@@ -86,6 +86,8 @@ def trace_model(
     Raises:
         TraceError: the model cannot be copied, or does not run on `example_inputs`.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"{type(model).__name__} is a TorchScript module, which holds compiled code and no "
@@ -93,6 +95,7 @@ def trace_model(
         )
     call = as_call(model, example_inputs)
     with isolated():
+        _check_that_it_runs(model, call)
         walk = _Walk(structural_copy(model), call)
         if preserve_root:
             walk.descend("", ())
@@ -100,6 +103,21 @@ def trace_model(
             walk.attempt("", call, ())
     regions = sorted(walk.regions, key=lambda region: region.order)
     return TracedModel(walk.root, call, tuple(regions), walk.opaque)
+
+
+def _check_that_it_runs(model: nn.Module, call: Call) -> None:
+    """Run the model once for real: fake tensors let some wrong inputs pass.
+
+    Raises:
+        TraceError: quotes what the model says of the inputs.
+    """
+    copy = structural_copy(model).eval()
+    fresh = call.map(lambda tensor: tensor.detach().clone())
+    try:
+        with torch.no_grad():
+            copy(*fresh.args, **fresh.kwargs)
+    except Exception as error:
+        raise refused(model, call, error) from error
 
 
 class _Walk:

@@ -28,9 +28,13 @@ class TensorFact:
     def of(cls, tensor: Tensor) -> TensorFact:
         return cls(tuple(int(size) for size in tensor.shape), tensor.dtype, tensor.device)
 
-    def example(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return a tensor of this description: uniform in [0, 1), or zeros for integers."""
+    def example(self) -> Tensor:
+        """Return a tensor of this description: uniform in [0, 1), or zeros for integers.
+
+        Equal descriptions give equal tensors, and torch's own generator stays as it is.
+        """
         if self.dtype.is_floating_point:
+            generator = torch.Generator().manual_seed(0)
             noise = torch.rand(self.shape, generator=generator)
             return noise.to(device=self.device, dtype=self.dtype)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
