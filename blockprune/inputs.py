@@ -10,7 +10,6 @@ have shapes and no values, so that a rejected size costs milliseconds.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import math
@@ -28,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from blockprune.errors import TraceError
+from blockprune.tracing import copy_model, structural_copy
 
 __all__ = ["infer_example_inputs", "random_inputs"]
 
@@ -348,12 +348,17 @@ class _Probe:
 
     def _copy(self, fake: bool) -> nn.Module:
         if fake:
-            self._fake_copy = self._fake_copy or _bare_copy(self.model, share=True)
+            self._fake_copy = self._fake_copy or structural_copy(self.model)
             return self._fake_copy
         # Values are computed here, so a forward that writes to its own parameters must not
         # reach the caller's: they are copied too.
-        self._real_copy = self._real_copy or _bare_copy(self.model, share=False)
+        self._real_copy = self._real_copy or _separate_copy(self.model)
         return self._real_copy
+
+
+def _separate_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that shares no tensor with the model, and runs none of its user's hooks."""
+    return copy_model(structural_copy(model))
 
 
 @contextmanager
@@ -366,29 +371,6 @@ def _quiet_refusals() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was
-
-
-def _bare_copy(model: nn.Module, *, share: bool) -> nn.Module:
-    """Copy a model without its hooks, which belong to the caller and must not run here."""
-    shared: list[Tensor] = []
-    if share:
-        shared.extend(model.parameters())
-    # Tensors computed from parameters (old-style weight norm) cannot be deep-copied.
-    for module in model.modules():
-        values = vars(module).values()
-        shared.extend(v for v in values if isinstance(v, Tensor) and not v.is_leaf)
-    memo: dict[int, object] = {id(tensor): tensor for tensor in shared}
-    try:
-        duplicate = copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({_first_line(error)}), so no input shape "
-            "can be tried on it. Pass example_inputs=."
-        ) from error
-    for module in duplicate.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return duplicate
 
 
 def _first_line(error: BaseException) -> str:
