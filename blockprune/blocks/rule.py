@@ -256,6 +256,8 @@ def _explain(merge: Merge, flow: Flow) -> Refusal:
 
 
 def _rank(ancestor: fx.Node, path: set[fx.Node], operand: fx.Node, flow: Flow) -> int:
+    if path and all(_scales(step) for step in path):
+        return 0
     if _reads_parameters(path, flow):
         return 1
     before, after = flow.fact(ancestor), flow.fact(operand)
