@@ -13,9 +13,9 @@ from blockprune.errors import StalePlanError
 from blockprune.plan import PruningPlan
 from blockprune.surgery.assemble import assemble, graph_module
 from blockprune.surgery.record import TicketRecord, attach, record_of
-from blockprune.surgery.rewrite import copy_graph, reference_graph, ticket_graph
+from blockprune.surgery.rewrite import reference_graph, ticket_graph
 from blockprune.surgery.verify import verify as verify_ticket
-from blockprune.tracing import copy_model, isolated
+from blockprune.tracing import copy_graph, copy_model, isolated
 
 __all__ = ["cut_blocks", "remove_blocks"]
 

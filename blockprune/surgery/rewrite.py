@@ -18,15 +18,9 @@ import torch
 from torch import fx
 
 from blockprune.blocks import NAME_KEY, Cut, Cuts, Flow
+from blockprune.tracing import copy_graph
 
-__all__ = ["copy_graph", "reference_graph", "ticket_graph"]
-
-
-def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Return a copy of `graph` with the same node names, and the map from old nodes to new."""
-    copy, twins = fx.Graph(), dict[fx.Node, fx.Node]()
-    copy.output(copy.graph_copy(graph, twins))
-    return copy, twins
+__all__ = ["reference_graph", "ticket_graph"]
 
 
 def reference_graph(flow: Flow, cuts: Sequence[Cut]) -> fx.Graph:

@@ -70,12 +70,12 @@ def verify(
         VerificationError: names the first node that differs, and the difference.
     """
     with isolated():
-        _compare_with_eager(model, traced, graphs)
+        types = _compare_with_eager(model, traced, graphs)
         calls = _region_calls(model, traced.call, graphs)
         modes = {"eval"}
         for path, graph in graphs.items():
             modes |= _compare_region(model, ticket, path, references[path], graph, calls[path])
-        _compare_whole(model, ticket, traced.call, references)
+        _compare_whole(model, ticket, traced.call, references, types)
     return tuple(mode for mode in ("eval", "train") if mode in modes)
 
 
@@ -116,10 +116,12 @@ class _Seeded(CallInterpreter):
 
 def _compare_with_eager(
     model: nn.Module, traced: TracedModel, graphs: Mapping[str, fx.Graph]
-) -> None:
+) -> Any:
+    """Compare the trace with the eager model; return the types that the model's output has."""
     originals = {region.path: region.graph for region in traced.regions if region.path in graphs}
     eager = structural_copy(model)
     followed = assemble(structural_copy(model), originals, _interpret(seeded=False))
+    types = None
     for mode in ("eval", "train"):
         try:
             expected = _run(eager, traced.call, mode)
@@ -127,7 +129,8 @@ def _compare_with_eager(
             if mode == "eval":
                 raise refused(model, traced.call, error) from error
             # The dense model itself wants other inputs here (targets, a larger batch).
-            return
+            return types
+        types = types or _types(expected)
         found = _run(followed, traced.call, mode)
         difference = _difference(found, expected, _OUTPUT_ULPS)
         if difference:
@@ -136,6 +139,7 @@ def _compare_with_eager(
                 f"does in {mode} mode: {difference}. Its forward keeps state or depends on "
                 "something that a trace cannot see; pass preserve_root=True to keep it."
             )
+    return types
 
 
 # --- 2. each region against its reference ---------------------------------------------------------
@@ -270,17 +274,17 @@ def _locate(dense: _Side, kept: _Side, call: Call, mode: str) -> str:
 
 
 def _compare_whole(
-    model: nn.Module, ticket: nn.Module, call: Call, references: Mapping[str, fx.Graph]
+    model: nn.Module,
+    ticket: nn.Module,
+    call: Call,
+    references: Mapping[str, fx.Graph],
+    types: Any,
 ) -> None:
     reference = assemble(structural_copy(model), dict(references), graph_module)
-    expected, found = (
-        _run(module, call, "eval") for module in (reference, structural_copy(ticket))
-    )
-    eager = _run(structural_copy(model), call, "eval")
-    if _types(found) != _types(eager):
-        raise VerificationError(
-            f"the ticket returns {_types(found)}, the dense model {_types(eager)}"
-        )
+    expected = _run(reference, call, "eval")
+    found = _run(structural_copy(ticket), call, "eval")
+    if _types(found) != types:
+        raise VerificationError(f"the ticket returns {_types(found)}, the dense model {types}")
     difference = _difference(found, expected, _OUTPUT_ULPS)
     if difference:
         raise VerificationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockprune.tracing.calls import Call, as_call, refused
-from blockprune.tracing.copying import copy_model, isolated, structural_copy
+from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter
 from blockprune.tracing.regions import Region, TracedModel, trace_model
@@ -17,6 +17,7 @@ __all__ = [
     "TensorFact",
     "TracedModel",
     "as_call",
+    "copy_graph",
     "copy_model",
     "holds_tensor",
     "isolated",

@@ -1,4 +1,4 @@
-"""Copies of a model: a whole one to cut, and a structural one to trace and try out.
+"""Copies: of a model, a whole one to cut and a structural one to try out; and of a graph.
 
 Nothing in this package runs the user's own model object: a forward may write attributes,
 count calls or fire hooks. It runs copies, and the dense model stays as it was.
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from blockprune.errors import TraceError
 from blockprune.randomness import preserved_rng
 
-__all__ = ["copy_model", "isolated", "structural_copy"]
+__all__ = ["copy_graph", "copy_model", "isolated", "structural_copy"]
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -48,6 +48,13 @@ def structural_copy(model: nn.Module) -> nn.Module:
                     if type(hook).__module__.startswith("torch.")
                 )
     return _adopt_plain_tensors(_deepcopy(model, memo))
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a copy of `graph` with the same node names, and the map from old nodes to new."""
+    copy, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, twins))
+    return copy, twins
 
 
 @contextlib.contextmanager

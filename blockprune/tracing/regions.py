@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call, as_call, bind, constants_of, refused
-from blockprune.tracing.copying import isolated, structural_copy
+from blockprune.tracing.copying import copy_graph, isolated, structural_copy
 from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.modes import trace_both_modes
 from blockprune.tracing.tracer import Leaves
@@ -200,18 +200,13 @@ class _Walk:
 def _graph_of(module: nn.Module, call: Call, leaves: Leaves) -> fx.Graph:
     if isinstance(module, fx.GraphModule):
         # Already a graph (a ticket, say): it knows its owners and its modes.
-        graph = fx.Graph()
-        output = graph.graph_copy(module.graph, {})
-        graph.output(output)
-        return graph
+        return copy_graph(module.graph)[0]
     try:
         bindings = bind(module, call)
     except (TypeError, ValueError) as error:
         raise TraceError(f"its forward has a signature that cannot be bound ({error})") from error
-    traced = trace_both_modes(module, bindings, leaves)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(traced, {}))
-    return graph
+    # The copy leaves the tracer, and the modules it holds, behind.
+    return copy_graph(trace_both_modes(module, bindings, leaves))[0]
 
 
 def _drop_unused(graph: fx.Graph) -> None:
