@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from blockprune.tracing import Region, TensorFact, holds_tensor
+from blockprune.tracing import Region, TensorFact, expect_condition, holds_tensor
 
 __all__ = ["Flow"]
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
-_ASSERTIONS = frozenset({torch._assert, torch._assert_async})
+_ASSERTIONS = frozenset({torch._assert, torch._assert_async, expect_condition})
 _CAST_METHODS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 
 
@@ -67,6 +67,11 @@ class Flow:
             for storage in facts.written[node]:
                 last_writer[storage] = node
                 self._writers.setdefault(storage, []).append(position)
+        for item, value in facts.stand_ins.items():
+            # Who reads the item may come to read what stands for it.
+            for reader in self.readers[item] if value is not None else ():
+                self.readers[value].append(reader)
+                self.sources[reader].append(value)
         self._checks = self._find_checks()
 
     # --- values ---------------------------------------------------------------------------------
@@ -214,10 +219,19 @@ class Flow:
 
     # --- liveness -------------------------------------------------------------------------------
 
+    def stand_in(self, node: fx.Node) -> fx.Node | None:
+        """Return what stands for an item whose module has died: a node, or None for None."""
+        return self.region.facts.stand_ins[node]
+
+    def has_stand_in(self, node: fx.Node) -> bool:
+        """Whether the value of `node`, an item of what a module returns, is known without it."""
+        return node in self.region.facts.stand_ins
+
     def dead_without(self, replaced: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
         """Return the nodes that nobody reads any more once each key is replaced by its value.
 
-        The replaced nodes themselves are included, and assertions about what has died.
+        The replaced nodes themselves are included, and assertions about what has died. So are
+        items of dead modules that have a stand-in, which those who read them come to read.
         """
         dead: set[fx.Node] = set()
         pending = [source for node in replaced for source in self.sources[node]]
@@ -231,9 +245,11 @@ class Flow:
         pending = list(dead)
         while pending:
             for reader in self.readers[pending.pop()]:
-                if reader in self._checks and reader not in dead:
+                is_left_over = reader in self._checks or self.has_stand_in(reader)
+                if is_left_over and reader not in dead:
                     dead.add(reader)
-                    pending.append(reader)
+                    if reader in self._checks:
+                        pending.append(reader)
         return dead | set(replaced)
 
     def _find_checks(self) -> set[fx.Node]:
@@ -255,7 +271,7 @@ class Flow:
         while pending:
             value = pending.pop()
             for reader in self.readers[value]:
-                if reader in self._checks:
+                if reader in self._checks or self.has_stand_in(reader):
                     continue
                 if reader not in replaced:
                     yield reader

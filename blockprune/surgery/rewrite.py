@@ -13,6 +13,7 @@ of s already.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -58,9 +59,23 @@ def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
         stands_for[node] = value
         twins[node].replace_all_uses_with(value, propagate_meta=False)
     for node in sorted(dead, key=flow.index.__getitem__, reverse=True):
+        if flow.has_stand_in(node):
+            known = flow.stand_in(node)
+            _put_in_place(twins[node], stands_for.get(known, twins[known]) if known else None)
         graph.erase_node(twins[node])
     graph.lint()
     return graph
+
+
+def _put_in_place(node: fx.Node, value: fx.Node | None) -> None:
+    """Let all who read `node` read `value`."""
+
+    def change(argument: fx.Node) -> Any:
+        return value if argument is node else argument
+
+    for reader in list(node.users):
+        reader.args = fx.map_arg(reader.args, change)
+        reader.kwargs = fx.map_arg(reader.kwargs, change)
 
 
 def _needs_own_memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blockprune.tracing.calls import Call, as_call, refused
+from blockprune.tracing.conditions import expect_condition
 from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter
@@ -19,6 +20,7 @@ __all__ = [
     "as_call",
     "copy_graph",
     "copy_model",
+    "expect_condition",
     "holds_tensor",
     "isolated",
     "map_tensors",

@@ -3,11 +3,13 @@
 A tensor argument becomes a placeholder. A plain constant (None, a number, a string) is bound to the
 value it had in the example call, since a forward branches on such values; the placeholder stays, so
 that the signature is the dense model's, and a guard refuses any other value later on.
-Any other object (a cache, a configuration) passes through as it comes.
+Any other object (a cache, a configuration) passes through as it comes; since a forward may write
+into it, each run of ours is given a copy of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import inspect
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, enum.Enum)
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of one call of a module."""
@@ -41,25 +46,39 @@ class Call:
 
     def described(self) -> Call:
         """Return the call with each tensor replaced by its `TensorFact`."""
-        return Call(map_tensors(self.args, TensorFact.of), map_tensors(self.kwargs, TensorFact.of))
+        return self.map(TensorFact.of)
 
-    def map(self, change: Any, kind: type = Tensor) -> Call:
-        """Return the call with `change` applied to each tensor (or another `kind`)."""
+    def map(self, change: Any, kind: type = Tensor, *, copy_state: bool = True) -> Call:
+        """Return the call with `change` applied to each tensor (or another `kind`).
+
+        Objects that hold state of their own, such as caches, are copied unless told otherwise.
+        """
+        other = _copy_of_state if copy_state else _as_it_is
         return Call(
-            map_tensors(self.args, change, kind),
-            {name: map_tensors(value, change, kind) for name, value in self.kwargs.items()},
+            map_tensors(self.args, change, kind, other),
+            {name: map_tensors(value, change, kind, other) for name, value in self.kwargs.items()},
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """One parameter of a forward: traced as a placeholder, or bound to a constant."""
+    """One parameter of a forward: traced as a placeholder, or bound to a constant.
+
+    Attributes:
+        name, kind, default: as in the signature.
+        value: what the call gives it, else the default.
+        given: how the call gives it: "position", "keyword", or "" where it does not.
+        is_constant: whether the trace binds it to its value.
+        probe: a tensor that the forward is given in place of a proxy, to see what it does with one.
+    """
 
     name: str
     kind: inspect._ParameterKind
     value: Any
     default: Any
+    given: str
     is_constant: bool
+    probe: Tensor | None = None
 
 
 def as_call(model: nn.Module, example_inputs: Any) -> Call:
@@ -104,6 +123,8 @@ def bind(module: nn.Module, call: Call) -> list[Binding]:
     """Return the parameters of `module.forward` with what `call` gives each of them."""
     signature = inspect.signature(module.forward)
     bound = signature.bind(*call.args, **call.kwargs)
+    by_position = set(list(bound.arguments)[: len(call.args)])
+    given = {name: "position" if name in by_position else "keyword" for name in bound.arguments}
     bound.apply_defaults()
     bindings = []
     for name, parameter in signature.parameters.items():
@@ -115,6 +136,7 @@ def bind(module: nn.Module, call: Call) -> list[Binding]:
                 kind=parameter.kind,
                 value=value,
                 default=parameter.default,
+                given=given.get(name, ""),
                 is_constant=not variadic
                 and _is_plain(value)
                 and not holds_tensor(value)
@@ -172,5 +194,18 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(item) for item in value)
     if isinstance(value, dict):
         return all(_is_plain(item) for item in value.values())
-    plain = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, enum.Enum)
-    return isinstance(value, plain)
+    return isinstance(value, _PLAIN)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _copy_of_state(value: Any) -> Any:
+    if isinstance(value, _PLAIN) or isinstance(value, Tensor | TensorFact | nn.Module):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        # A lock, a file, a generator: there is one, and all runs share it.
+        return value

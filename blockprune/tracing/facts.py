@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -62,11 +63,20 @@ _PLAIN_ACTIVATIONS = (
 
 @dataclasses.dataclass
 class Facts:
-    """Facts of each node: its value, the memory that the value lies in, the memory it writes."""
+    """Facts of each node.
+
+    Attributes:
+        values: what it computes, tensors as `TensorFact`s.
+        storages: the memory that its value lies in.
+        written: the memory that it writes into.
+        stand_ins: for an item of what a module returns that is None, or an argument of that module
+            handed through: None, or the node of the argument. It is known without the call.
+    """
 
     values: dict[fx.Node, Any] = dataclasses.field(default_factory=dict)
     storages: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
     written: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
+    stand_ins: dict[fx.Node, fx.Node | None] = dataclasses.field(default_factory=dict)
 
 
 def gather_facts(graph: fx.Graph, module: nn.Module, call: Call) -> Facts:
@@ -93,22 +103,29 @@ def _observe(graph: fx.Graph, module: nn.Module, call: Call, facts: Facts, *, tr
         # Batch statistics of a single value are refused in train mode; they alias nothing.
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
+    real = call.map(lambda fact: fact.example(), TensorFact)
     try:
+        # Real tensors inside an object cannot be copied under the fake mode.
+        own = real.map(lambda tensor: tensor)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            ready = call.map(lambda fact: fact.example(), TensorFact).map(fake.from_tensor)
-            seen = _run(graph, copy, ready, train)
+            seen = _run(graph, copy, own.map(fake.from_tensor, copy_state=False), train)
     except Exception:
         # Data-dependent shapes, operations without a fake form: real numbers tell.
         copy = structural_copy(module).train(train)
-        ready = call.map(lambda fact: fact.example(), TensorFact).map(lambda t: t.detach().clone())
         try:
-            seen = _run(graph, copy, ready, train)
+            seen = _run(graph, copy, real.map(lambda tensor: tensor.detach().clone()), train)
         except Exception as error:
             raise refused(module, call, error) from error
     for name in ("storages", "written"):
         known = getattr(facts, name)
         for node, found in getattr(seen, name).items():
             known[node] = known.get(node, frozenset()) | found
+    facts.stand_ins = {
+        node: value
+        for node, value in seen.stand_ins.items()
+        # What holds in one mode only is no fact of the graph.
+        if not facts.values or facts.stand_ins.get(node, node) is value
+    }
     facts.values = facts.values or seen.values
 
 
@@ -135,7 +152,21 @@ class _Observer(CallInterpreter):
         self.facts.written[n] = self._storages(written)
         self.facts.storages[n] = self._storages(list(tensors_in(value)))
         self.facts.values[n] = map_tensors(value, TensorFact.of)
+        if n.op == "call_function" and n.target is operator.getitem:
+            self._note_stand_in(n, value)
         return value
+
+    def _note_stand_in(self, item: fx.Node, value: Any) -> None:
+        source = item.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            return
+        if value is None:
+            self.facts.stand_ins[item] = None
+        elif isinstance(value, Tensor):
+            for argument in source.all_input_nodes:
+                written = self.facts.written[source] & self._storages([value])
+                if self.env[argument] is value and not written:
+                    self.facts.stand_ins[item] = argument
 
     def _storages(self, tensors: list[Tensor]) -> frozenset[tuple[str, int]]:
         found = []

@@ -23,18 +23,21 @@ __all__ = ["trace_both_modes"]
 _REASON = "its forward does something else in train mode than in eval mode"
 
 
-def trace_both_modes(root: nn.Module, bindings: list[Binding], leaves: Leaves) -> fx.Graph:
+def trace_both_modes(
+    root: nn.Module, bindings: list[Binding], leaves: Leaves, *, conditions: bool = False
+) -> fx.Graph:
     """Return a graph of `root` whose behaviour follows `.train()` and `.eval()`.
 
-    Modules that had to become leaves are added to `leaves`.
+    Modules that had to become leaves are added to `leaves`. `conditions`: whether conditions on
+    the types of tensors in the forward of `root` itself may be decided.
 
     Raises:
         TraceError: the forward of `root` itself cannot be traced, or depends on the mode.
     """
     while True:
         known = len(leaves.paths)
-        in_eval = trace_once(root, bindings, leaves, train=False)
-        in_train = trace_once(root, bindings, leaves, train=True)
+        in_eval = trace_once(root, bindings, leaves, train=False, conditions=conditions)
+        in_train = trace_once(root, bindings, leaves, train=True, conditions=conditions)
         if len(leaves.paths) > known:
             continue
         culprit = _merge(in_eval, in_train)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call, as_call, bind, constants_of, refused
+from blockprune.tracing.constants import trace_with_arguments
 from blockprune.tracing.copying import copy_graph, isolated, structural_copy
 from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.modes import trace_both_modes
@@ -136,7 +136,7 @@ class _Walk:
         module = self.root.get_submodule(path)
         leaves = Leaves()
         try:
-            graph = _graph_of(module, call, leaves)
+            graph = _graph_of(module, path, call, leaves)
         except TraceError as error:
             self.opaque[path] = str(error)
             self.descend(path, order)
@@ -154,13 +154,15 @@ class _Walk:
                 continue
             name = str(node.target)
             module = self.root.get_submodule(path).get_submodule(name)
-            reason = leaves.paths.get(name) or leaves.classes.get(type(module))
             qualified = ".".join(part for part in (path, name) if part)
-            if isinstance(module, fx.GraphModule) and id(module) not in self._visited:
+            if id(module) in self._visited:
+                continue
+            if isinstance(module, fx.GraphModule) or name in leaves.paths:
+                # Called with plain numbers, as a region of its own, it may well trace.
                 self._try_child(qualified, (*order, index))
-            elif reason and id(module) not in self._visited:
+            elif type(module) in leaves.classes:
                 self._visited.add(id(module))
-                self.opaque[qualified] = reason
+                self.opaque[qualified] = leaves.classes[type(module)]
                 self.descend(qualified, (*order, index))
 
     def descend(self, path: str, order: tuple[int, ...]) -> None:
@@ -197,7 +199,7 @@ class _Walk:
         return self._calls
 
 
-def _graph_of(module: nn.Module, call: Call, leaves: Leaves) -> fx.Graph:
+def _graph_of(module: nn.Module, path: str, call: Call, leaves: Leaves) -> fx.Graph:
     if isinstance(module, fx.GraphModule):
         # Already a graph (a ticket, say): it knows its owners and its modes.
         return copy_graph(module.graph)[0]
@@ -205,8 +207,17 @@ def _graph_of(module: nn.Module, call: Call, leaves: Leaves) -> fx.Graph:
         bindings = bind(module, call)
     except (TypeError, ValueError) as error:
         raise TraceError(f"its forward has a signature that cannot be bound ({error})") from error
+    # A user calls the root as the example does; code around an inner region may vary its call.
+    trace = trace_with_arguments if path else trace_both_modes
+    try:
+        graph = trace(module, bindings, leaves, conditions=False)
+    except TraceError as error:
+        try:
+            graph = trace(module, bindings, leaves, conditions=True)
+        except TraceError:
+            raise error from None
     # The copy leaves the tracer, and the modules it holds, behind.
-    return copy_graph(trace_both_modes(module, bindings, leaves))[0]
+    return copy_graph(graph)[0]
 
 
 def _drop_unused(graph: fx.Graph) -> None:
@@ -230,20 +241,13 @@ def _may_hold_blocks(module: nn.Module) -> bool:
 
 
 def _record_calls(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
-    """Run `root` once in eval mode; return each module's place in the order, and its calls."""
-    try:
-        try:
-            copy = structural_copy(root).eval()
-            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                return _run_with_hooks(copy, call.map(fake.from_tensor))
-        except Exception:
-            copy = structural_copy(root).eval()
-            return _run_with_hooks(copy, call.map(lambda tensor: tensor.detach().clone()))
-    except Exception as error:
-        raise refused(root, call, error) from error
+    """Run `root` once in eval mode; return each module's place in the order, and its calls.
 
-
-def _run_with_hooks(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
+    The run is a real one: an object that is handed from module to module, such as a cache, then
+    holds real tensors, and each module's copy of it is as that module found it.
+    """
+    root = structural_copy(root).eval()
+    fresh = call.map(lambda tensor: tensor.detach().clone())
     calls: dict[str, tuple[int, list[Call]]] = {}
 
     def record(name: str) -> Any:
@@ -254,6 +258,9 @@ def _run_with_hooks(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Ca
 
     for name, module in root.named_modules():
         module.register_forward_pre_hook(record(name), with_kwargs=True)
-    with torch.no_grad():
-        root(*call.args, **call.kwargs)
+    try:
+        with torch.no_grad():
+            root(*fresh.args, **fresh.kwargs)
+    except Exception as error:
+        raise refused(root, call, error) from error
     return calls

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Binding, expect_constant
+from blockprune.tracing.conditions import decided_by_types, expect_condition
 from blockprune.tracing.copying import structural_copy
 
 __all__ = ["Event", "Leaves", "Trace", "trace_once"]
@@ -84,14 +85,19 @@ class Trace:
     events: tuple[Event, ...]
 
 
-def trace_once(root: nn.Module, bindings: list[Binding], leaves: Leaves, train: bool) -> Trace:
+def trace_once(
+    root: nn.Module, bindings: list[Binding], leaves: Leaves, *, train: bool, conditions: bool
+) -> Trace:
     """Trace `root` in one mode, adding the modules that stop the trace to `leaves`.
+
+    `conditions`: decide conditions on the types of tensors in the forward of `root` itself.
 
     Raises:
         TraceError: the forward of `root` itself stops the trace.
     """
+    decided: list[tuple[str, bool]] = []
     while True:
-        tracer = _Tracer(bindings, leaves)
+        tracer = _Tracer(bindings, leaves, decided)
         # A forward may keep proxies in attributes, so each pass has modules of its own.
         module = structural_copy(root).train(train)
         before = _draws()
@@ -99,7 +105,11 @@ def trace_once(root: nn.Module, bindings: list[Binding], leaves: Leaves, train: 
             with torch.enable_grad(), _RecordFactories(tracer):
                 graph = tracer.trace(module)
         except Exception as error:
-            raise TraceError(_describe(error)) from error
+            known = tracer.decide() if conditions else None
+            if known is None:
+                raise TraceError(_describe(error)) from error
+            decided.append(known)
+            continue
         if _draws() != before:
             raise TraceError("draws from Python's or numpy's random generator in its forward")
         if not tracer.stopped:
@@ -129,13 +139,18 @@ class _RecordFactories(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, bindings: list[Binding], leaves: Leaves) -> None:
+    def __init__(
+        self, bindings: list[Binding], leaves: Leaves, decided: list[tuple[str, bool]]
+    ) -> None:
         super().__init__()
         self.bindings = bindings
         self.leaves = leaves
+        self._decided = iter(decided)
+        self._undecided: fx.Node | None = None
         self.stopped: dict[str, str] = {}
         self.events: list[Event] = []
         self._state_proxies: dict[int, fx.Proxy] = {}
+        self._probes: dict[int, fx.Proxy] = {}
 
     # --- what a module call becomes -------------------------------------------------------------
 
@@ -196,7 +211,30 @@ class _Tracer(fx.Tracer):
             return self._state_proxy(attr_val)
         return attr_val
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.module_stack:
+            return super().to_bool(obj)
+        known = next(self._decided, None)
+        if known is None:
+            self._undecided = obj.node
+            return super().to_bool(obj)
+        text, value = known
+        self.create_proxy("call_function", expect_condition, (text, obj, value), {})
+        return value
+
+    def decide(self) -> tuple[str, bool] | None:
+        """Return the condition that stopped the trace, and its value, where types decide it.
+
+        To be asked when the trace is over: while it lasts, no module can be called.
+        """
+        if self._undecided is None:
+            return None
+        arguments = {binding.name: binding.value for binding in self.bindings}
+        return decided_by_types(self._undecided, structural_copy(self.root), arguments)
+
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and id(a) in self._probes:
+            return self._probes[id(a)].node
         if isinstance(a, Tensor):
             if id(a) not in self._names:
                 raise TraceError("uses a tensor that is neither an input, a parameter nor a buffer")
@@ -245,10 +283,11 @@ class _Tracer(fx.Tracer):
                 if with_default and binding.default is inspect.Parameter.empty:
                     raise TraceError(f"has a required keyword-only argument {binding.name!r}")
                 value = self._argument(binding)
-                if binding.kind is inspect.Parameter.KEYWORD_ONLY:
-                    keywords[binding.name] = value
-                else:
+                # As the call does: a decorator around the forward may tell these apart.
+                if binding.given == "position":
                     positional.append(value)
+                elif binding.given == "keyword" or not binding.is_constant:
+                    keywords[binding.name] = value
 
         # `self.root.forward` and not `type(root).forward`: an instance may carry its own.
         return (lambda: self.root.forward(*positional, **keywords)), []
@@ -256,6 +295,9 @@ class _Tracer(fx.Tracer):
     def _argument(self, binding: Binding) -> Any:
         default = () if binding.default is inspect.Parameter.empty else (binding.default,)
         proxy = self.create_proxy("placeholder", binding.name, default, {})
+        if binding.probe is not None:
+            self._probes[id(binding.probe)] = proxy
+            return binding.probe
         if not binding.is_constant:
             return proxy
         self._guard(binding.name, proxy, binding.value)

@@ -6,12 +6,14 @@ A forward passes tensors about in tuples, lists, dictionaries, named tuples and 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_dict
 
 __all__ = ["TensorFact", "holds_tensor", "map_tensors", "tensors_in"]
 
@@ -40,23 +42,41 @@ class TensorFact:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
-def map_tensors(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """Return `value` with each instance of `kind` in it replaced; containers keep their type."""
+def map_tensors(
+    value: Any,
+    change: Callable[[Any], Any],
+    kind: type = Tensor,
+    other: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """Return `value` with each instance of `kind` in it replaced; containers keep their type.
+
+    `other` is applied to whatever is neither a `kind` nor a container.
+    """
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, tuple):
-        items = [map_tensors(item, change, kind) for item in value]
+        items = [map_tensors(item, change, kind, other) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [map_tensors(item, change, kind) for item in value]
+        return [map_tensors(item, change, kind, other) for item in value]
     if isinstance(value, dict):
-        return {key: map_tensors(item, change, kind) for key, item in value.items()}
+        items = {key: map_tensors(item, change, kind, other) for key, item in value.items()}
+        return items if type(value) in (dict, immutable_dict) else _with_items(value, items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type | TensorFact):
-        return {
-            field.name: map_tensors(getattr(value, field.name), change, kind)
-            for field in dataclasses.fields(value)
-        }
-    return value
+        changed = copy.copy(value)
+        for field in dataclasses.fields(value):
+            item = map_tensors(getattr(value, field.name), change, kind, other)
+            object.__setattr__(changed, field.name, item)
+        return changed
+    return other(value)
+
+
+def _with_items(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a copy of a dictionary of some class of its own (an output of transformers)."""
+    changed = copy.copy(value)
+    for key, item in items.items():
+        changed[key] = item
+    return changed
 
 
 def tensors_in(value: Any, kind: type = Tensor) -> Iterator[Any]:
