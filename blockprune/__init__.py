@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         find_blocks,
     )
     from blockprune.errors import (
+        ApproximationWarning,
         BlockNotFoundError,
         BlockNotRemovableError,
         BlockpruneError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApproximationWarning",
     "BlockAnalysis",
     "BlockNotFoundError",
     "BlockNotRemovableError",
@@ -79,6 +81,7 @@ __all__ = [
 
 # Names are fetched on first use, so that the command line starts without importing torch.
 _HOMES = {
+    "ApproximationWarning": "blockprune.errors",
     "BlockAnalysis": "blockprune.blocks",
     "BlockNotFoundError": "blockprune.errors",
     "BlockNotRemovableError": "blockprune.errors",

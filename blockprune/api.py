@@ -50,7 +50,7 @@ def prune(
         example_inputs: what the forward takes (a Tensor, a tuple of arguments, a dict of keywords).
             None: the first inputs of `data`, else a shape inferred from the model's configuration.
         loss_fn: `(outputs, targets) -> scalar`; None: cross entropy.
-        granularity: "branch" or "layer"; see `find_blocks`.
+        granularity: "branch", "layer" or "layer_approx"; see `find_blocks`.
         protect: `fnmatch` patterns of blocks that stay.
         min_blocks_per_stage: residual blocks that stay in each stage at the least.
         seed: of all that is random.

@@ -13,8 +13,10 @@
     ├── DataError(ValueError)                  a data set is absent, empty or malformed
     ├── ModelSpecError(ValueError)             a MODEL argument names nothing that can be built
     ├── MeasurementError(ValueError)           what was asked for cannot be measured
-    ├── MissingExtraError(ImportError)         an optional dependency is absent; names the pip
-    command └── TrainingDivergedError(RuntimeError)    the loss is no longer finite
+    ├── MissingExtraError(ImportError)         an optional dependency is absent; names the command
+    └── TrainingDivergedError(RuntimeError)    the loss is no longer finite
+
+One warning is raised on purpose as well: ApproximationWarning(UserWarning).
 
 Each also inherits the builtin that a caller would expect, so that both
 ``except BlockpruneError`` and ``except ValueError`` work. A message says what was
@@ -27,6 +29,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ApproximationWarning",
     "BlockNotFoundError",
     "BlockNotRemovableError",
     "BlockpruneError",
@@ -104,6 +107,10 @@ class MeasurementError(BlockpruneError, ValueError):
 
 class MissingExtraError(BlockpruneError, ImportError):
     """An optional dependency is not installed."""
+
+
+class ApproximationWarning(UserWarning):
+    """What goes is more than branches multiplied by zero."""
 
 
 class TrainingDivergedError(BlockpruneError, RuntimeError):

@@ -40,6 +40,7 @@ PLAN_VERSION: Final = 1
 # A share such as 0.29 of 100 blocks is 28.999... in binary, and means 29.
 ROUNDING = 1e-9
 
+Granularity = Literal["branch", "layer", "layer_approx"]
 Name = Annotated[str, Field(min_length=1)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -72,7 +73,7 @@ class Analysis(Protocol):
     @property
     def stages(self) -> Sequence[Stage]: ...
     @property
-    def granularity(self) -> str: ...
+    def granularity(self) -> Granularity: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -95,7 +96,7 @@ class PruningPlan(BaseModel):
 
     Attributes:
         remove: names of the blocks, in order of execution, nested ones included.
-        granularity: that the names are of, "branch" or "layer".
+        granularity: that the names are of, "branch", "layer" or "layer_approx".
         criterion: that ranked them, None where nothing did.
         scores: of all blocks, empty where nothing ranked them.
         p: what was asked for, a count (int) or a share (float); None where names were given.
@@ -111,7 +112,7 @@ class PruningPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     remove: tuple[Name, ...]
-    granularity: Literal["branch", "layer"]
+    granularity: Granularity
     criterion: str | None = None
     scores: dict[Name, Score] = Field(default_factory=dict)
     p: StrictInt | StrictFloat | None = None
@@ -208,7 +209,7 @@ def make_plan(
         raise _infeasible(analysis, choice, ranked, p, count)
     return PruningPlan(
         remove=tuple(name for name in names if name in choice.gone),
-        granularity="layer" if analysis.granularity == "layer" else "branch",
+        granularity=analysis.granularity,
         criterion=criterion,
         scores=values,
         p=p,

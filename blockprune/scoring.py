@@ -40,7 +40,7 @@ class ScoreTable:
 
     Attributes:
         criterion: its name in `CRITERIA`, or the name of the callable.
-        granularity: of the blocks, "branch" or "layer".
+        granularity: of the blocks, "branch", "layer" or "layer_approx".
         seed: that the criterion ran with.
         scores: block name to score, in order of execution.
         fingerprint: of the analysis that the blocks are from.
@@ -78,7 +78,7 @@ def score_blocks(
             of its first floating-point output with integer labels.
         example_inputs: to find the blocks by; None: those of the first batch, or, without data,
             such as the model's configuration tells.
-        granularity: "branch" or "layer"; an `analysis` has its own.
+        granularity: "branch", "layer" or "layer_approx"; an `analysis` has its own.
         seed: of all that is random in scoring: two calls with equal arguments agree bit for bit.
         analysis: of this model, where there is one already.
 

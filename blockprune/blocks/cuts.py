@@ -34,25 +34,48 @@ class Cuts:
     Attributes:
         branches: name to cut, in order of execution.
         layers: name of a layer block to the names of its branches.
+        bypasses: name of a layer that only goes as an approximation to the ways around it.
     """
 
-    def __init__(self, branches: Mapping[str, Cut], layers: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        branches: Mapping[str, Cut],
+        layers: Mapping[str, tuple[str, ...]],
+        bypasses: Mapping[str, tuple[Cut, ...]],
+    ) -> None:
         self.branches = dict(branches)
         self.layers = dict(layers)
+        self.bypasses = dict(bypasses)
+        self._by_region: dict[str, list[Cut]] = {}
+        for cut in self.branches.values():
+            self._by_region.setdefault(cut.flow.region.path, []).append(cut)
         self._by_merge = {cut.branch.merge: cut for cut in self.branches.values()}
 
     def of_blocks(self, names: Iterable[str]) -> list[Cut]:
         """Return the cuts that remove these blocks, without those that lie in another of them."""
-        wanted = {
-            part: self.branches[part] for name in names for part in self.layers.get(name, (name,))
-        }
-        gone = {name for cut in wanted.values() for name in self.nested_in(cut)}
-        return [cut for name, cut in self.branches.items() if name in wanted and name not in gone]
+        wanted = [
+            cut
+            for name in dict.fromkeys(names)
+            for cut in self.bypasses.get(name)
+            or [self.branches[part] for part in self.layers.get(name, (name,))]
+        ]
+        gone = {name for cut in wanted for name in self.nested_in(cut)}
+        kept = [cut for cut in dict.fromkeys(wanted) if cut.name not in gone]
+        return sorted(
+            kept, key=lambda cut: (cut.flow.region.order, cut.flow.index[cut.branch.merge])
+        )
 
     def nested_in(self, outer: Cut) -> list[str]:
-        """Return the names of the branches that lie inside `outer`, and go when it goes."""
+        """Return the names of the branches that lie inside `outer`, and go when it goes.
+
+        Also those in a module that `outer` calls, looked into as a region of its own.
+        """
         by_merge = self._by_merge
         inner = [by_merge[node] for node in outer.dead if node in by_merge]
+        for path in outer.flow.modules_gone(outer.dead):
+            for region, cuts in self._by_region.items():
+                if region == path or region.startswith(path + "."):
+                    inner += cuts
         return [cut.name for cut in inner if cut is not outer]
 
     def replacements(self, cuts: Iterable[Cut]) -> dict[Flow, dict[fx.Node, fx.Node]]:

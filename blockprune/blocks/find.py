@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import fx, nn
 
@@ -19,13 +19,20 @@ from blockprune.blocks.layers import find_layers
 from blockprune.blocks.naming import branch_names, numbered, owner_of
 from blockprune.blocks.readers import ParameterReaders
 from blockprune.blocks.rule import Branch, Refusal, examine, merge_of
-from blockprune.blocks.types import BlockAnalysis, Reason, Rejection, ResidualBlock, Stage
+from blockprune.blocks.types import (
+    BlockAnalysis,
+    Granularity,
+    Reason,
+    Rejection,
+    ResidualBlock,
+    Stage,
+)
 from blockprune.errors import PlanError
 from blockprune.tracing import TracedModel, trace_model
 
 __all__ = ["find_blocks"]
 
-GRANULARITIES = ("branch", "layer")
+GRANULARITIES = get_args(Granularity)
 
 
 def find_blocks(
@@ -45,6 +52,9 @@ def find_blocks(
             keywords.
         granularity: "branch": one identity shortcut, one block. "layer": the branches of one module
             whose output is its input once they are gone are one block named by that module.
+            "layer_approx": beside those, layers that keep only normalisations without their
+            branches (post-norm) are blocks that go whole. That is an approximation: it is not the
+            dense model with branches multiplied by zero, and removing such a block warns.
         preserve_root: keep the root module's class; its children are looked into one by one.
 
     Returns:
@@ -62,19 +72,20 @@ def find_blocks(
         ('layer1.0', 'layer1.1', 'layer1.2')
     """
     if granularity not in GRANULARITIES:
-        raise PlanError(f"granularity must be 'branch' or 'layer', got {granularity!r}")
+        choices = ", ".join(map(repr, GRANULARITIES))
+        raise PlanError(f"granularity must be one of {choices}, got {granularity!r}")
     with _collection_paused():
-        return _analyse(model, example_inputs, granularity, preserve_root)
+        return _analyse(model, example_inputs, cast(Granularity, granularity), preserve_root)
 
 
 def _analyse(
-    model: nn.Module, example_inputs: Any, granularity: str, preserve_root: bool
+    model: nn.Module, example_inputs: Any, granularity: Granularity, preserve_root: bool
 ) -> BlockAnalysis:
     traced = trace_model(model, example_inputs, preserve_root=preserve_root)
     flows = [Flow(region) for region in traced.regions]
     branches, refusals = _examine_all(flows)
     branch_cuts = _name_cuts(branches)
-    cuts = Cuts(branch_cuts, find_layers(branch_cuts))
+    cuts = Cuts(branch_cuts, *find_layers(branch_cuts))
     rejections = [*_rejections(refusals), *_opaque(traced)]
     blocks = _blocks(cuts, granularity, ParameterReaders(traced, flows))
     stages = _stages(blocks, rejections)
@@ -139,16 +150,18 @@ def _name_cuts(branches: Sequence[tuple[Flow, Branch]]) -> dict[str, Cut]:
     }
 
 
-def _blocks(cuts: Cuts, granularity: str, readers: ParameterReaders) -> list[ResidualBlock]:
+def _blocks(cuts: Cuts, granularity: Granularity, readers: ParameterReaders) -> list[ResidualBlock]:
     parts: dict[str, tuple[str, ...]] = {}
-    layer_of = {part: name for name, inner in cuts.layers.items() for part in inner}
+    layers = _layers(cuts, granularity)
+    layer_of = {part: name for name, inner in layers.items() for part in inner}
     for name in cuts.branches:
-        layer = layer_of.get(name) if granularity == "layer" else None
-        parts.setdefault(layer or name, cuts.layers[layer] if layer else (name,))
+        layer = layer_of.get(name)
+        parts.setdefault(layer or name, layers[layer] if layer else (name,))
     block_of = {part: name for name, inner in parts.items() for part in inner}
     blocks = []
     for name, branches in parts.items():
-        chosen = [cuts.branches[branch] for branch in branches]
+        is_exact = name not in layers or name in cuts.layers
+        chosen = [cuts.branches[part] for part in branches] if is_exact else [*cuts.bypasses[name]]
         dead = frozenset().union(*cuts.dead_nodes(chosen).values())
         nested = {inner for cut in chosen for inner in cuts.nested_in(cut)}
         goes = dict.fromkeys(
@@ -160,16 +173,27 @@ def _blocks(cuts: Cuts, granularity: str, readers: ParameterReaders) -> list[Res
         blocks.append(
             ResidualBlock(
                 name=name,
-                owner=owner_of(chosen[-1].branch.merge, chosen[-1].flow),
+                owner=owner_of(chosen[-1].branch.merge, chosen[-1].flow) if is_exact else name,
                 params=readers.vanishing(dead),
                 shape=_shape(chosen[-1].flow, chosen[-1].branch.merge),
                 stage=0,
                 branches=branches,
                 contains=tuple(goes),
                 parameters=readers.names(dead),
+                is_exact=is_exact,
             )
         )
     return blocks
+
+
+def _layers(cuts: Cuts, granularity: Granularity) -> dict[str, tuple[str, ...]]:
+    """Return the layer blocks of a granularity, and the names of the branches in each."""
+    layers = dict(cuts.layers) if granularity != "branch" else {}
+    if granularity == "layer_approx":
+        for name, ways in cuts.bypasses.items():
+            gone = {part for way in ways for part in cuts.nested_in(way)}
+            layers[name] = tuple(part for part in cuts.branches if part in gone)
+    return layers
 
 
 def _rejections(refusals: Sequence[tuple[Flow, Refusal]]) -> list[Rejection]:

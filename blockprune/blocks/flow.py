@@ -21,6 +21,7 @@ __all__ = ["Flow"]
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
 _ASSERTIONS = frozenset({torch._assert, torch._assert_async, expect_condition})
+_RESHAPES = frozenset({"flatten", "reshape", "unflatten", "view", torch.flatten, torch.reshape})
 _CAST_METHODS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 
 
@@ -69,9 +70,11 @@ class Flow:
                 self._writers.setdefault(storage, []).append(position)
         for item, value in facts.stand_ins.items():
             # Who reads the item may come to read what stands for it.
-            for reader in self.readers[item] if value is not None else ():
-                self.readers[value].append(reader)
-                self.sources[reader].append(value)
+            if value is not None:
+                for reader in self.readers[item]:
+                    self.readers[value].append(reader)
+                    self.sources[reader].append(value)
+        self._called = [node for node in self.nodes if node.op == "call_module"]
         self._checks = self._find_checks()
 
     # --- values ---------------------------------------------------------------------------------
@@ -110,12 +113,34 @@ class Flow:
         return None
 
     def origin(self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:
-        """Return the node whose values `node` hands on, through identities and replacements."""
+        """Return the node whose values `node` hands on.
+
+        That is through identities, replacements, and reshapes that end in the shape they had.
+        """
         while True:
-            following = (replaced or {}).get(node) or self.passes_on(node)
+            following = self._step_back(node, replaced) or self._before_reshapes(node, replaced)
             if following is None:
                 return node
             node = following
+
+    def _step_back(
+        self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None
+    ) -> fx.Node | None:
+        return (replaced or {}).get(node) or self.passes_on(node)
+
+    def _before_reshapes(
+        self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None
+    ) -> fx.Node | None:
+        """Return the node that a chain of reshapes ending in `node` has brought back to shape."""
+        source = node
+        while _is_reshape(source) or (source is not node and self._step_back(source, replaced)):
+            following = self._step_back(source, replaced) or source.args[0]
+            if not isinstance(following, fx.Node):
+                return None
+            source = following
+            if self.fact(source) is not None and self.fact(source) == self.fact(node):
+                return source
+        return None
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -252,6 +277,16 @@ class Flow:
                         pending.append(reader)
         return dead | set(replaced)
 
+    def modules_gone(self, dead: Iterable[fx.Node]) -> list[str]:
+        """Return the qualified names of the modules that are called by `dead` nodes only."""
+        gone = {str(node.target) for node in dead if node.op == "call_module"}
+        kept = {
+            str(node.target)
+            for node in self._called
+            if str(node.target) in gone and node not in dead
+        }
+        return [self.region.qualified(path) for path in sorted(gone - kept)]
+
     def _find_checks(self) -> set[fx.Node]:
         """Return the assertions, and what is computed for them alone: they keep nothing alive."""
         checks: set[fx.Node] = set()
@@ -270,6 +305,8 @@ class Flow:
         pending = [node]
         while pending:
             value = pending.pop()
+            # What comes to be read in place of a node that did not read it before.
+            pending += [n for n, new in replaced.items() if new is value and value not in n.args]
             for reader in self.readers[value]:
                 if reader in self._checks or self.has_stand_in(reader):
                     continue
@@ -283,3 +320,7 @@ class Flow:
         return replacement is value or bool(
             self.region.facts.written[value] & self.storages(replacement)
         )
+
+
+def _is_reshape(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _RESHAPES

@@ -75,6 +75,8 @@ class Branch:
         branch: its operand that goes.
         entry: the activation that the branch starts from.
         nodes: the branch itself, from `entry` (exclusive) to `branch` (inclusive).
+        is_exact: False for the bypass of a whole layer, whose output is what `merge` is then: its
+            replacement by `shortcut` is no zeroed branch but an approximation.
     """
 
     merge: fx.Node
@@ -82,6 +84,7 @@ class Branch:
     branch: fx.Node
     entry: fx.Node
     nodes: frozenset[fx.Node]
+    is_exact: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

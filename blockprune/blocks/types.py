@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
 
@@ -15,7 +15,11 @@ from blockprune.tracing import TracedModel
 if TYPE_CHECKING:
     from blockprune.blocks.cuts import Cuts
 
-__all__ = ["BlockAnalysis", "Reason", "Rejection", "ResidualBlock", "Stage"]
+__all__ = ["BlockAnalysis", "Granularity", "Reason", "Rejection", "ResidualBlock", "Stage"]
+
+
+Granularity = Literal["branch", "layer", "layer_approx"]
+"""What counts as one block; see `find_blocks`."""
 
 
 class Reason(enum.StrEnum):
@@ -44,6 +48,8 @@ class ResidualBlock:
         branches: names of the branches it is made of (itself at granularity "branch").
         contains: names of the blocks nested in it, which go when it goes.
         parameters: qualified names of all parameters its branches read, shared ones included.
+        is_exact: whether removing it is multiplying branches by zero. Where not, which only
+            granularity "layer_approx" offers, normalisations of the layer go as well.
     """
 
     name: str
@@ -54,6 +60,7 @@ class ResidualBlock:
     branches: tuple[str, ...]
     contains: tuple[str, ...]
     parameters: tuple[str, ...]
+    is_exact: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,7 @@ class BlockAnalysis:
     Attributes:
         blocks: the removable blocks, in order of execution.
         rejections: every merge looked at and refused, in order of execution.
-        granularity: "branch" or "layer".
+        granularity: "branch", "layer" or "layer_approx".
         fingerprint: identifies the structure (not the weights) that was analysed.
         stages: the residual merges grouped by shape.
         traced: the graphs behind it.
@@ -103,7 +110,7 @@ class BlockAnalysis:
 
     blocks: tuple[ResidualBlock, ...]
     rejections: tuple[Rejection, ...]
-    granularity: str
+    granularity: Granularity
     fingerprint: str
     stages: tuple[Stage, ...]
     traced: TracedModel = dataclasses.field(repr=False, compare=False)
@@ -124,6 +131,12 @@ class BlockAnalysis:
         for block in self.blocks:
             if block.name == name:
                 return block
+        if name in self.cuts.bypasses:
+            raise BlockNotRemovableError(
+                f"{name!r} cannot be removed exactly: without its branches, normalisations on the "
+                'stream stay. granularity="layer_approx" removes it whole, as an approximation. '
+                f"Removable {self.granularity} blocks: {_listed(self.names)}."
+            )
         for rejection in self.rejections:
             if name in (rejection.name, rejection.name.partition("#")[0]):
                 raise BlockNotRemovableError(

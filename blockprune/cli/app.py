@@ -31,6 +31,7 @@ class Granularity(StrEnum):
 
     branch = "branch"
     layer = "layer"
+    layer_approx = "layer_approx"
 
 
 class Data(StrEnum):
@@ -130,7 +131,11 @@ InputShape = Annotated[
     ),
 ]
 GranularityOption = Annotated[
-    Granularity, typer.Option(help="A block is one branch, or one whole layer.")
+    Granularity,
+    typer.Option(
+        help="A block is one branch, or one whole layer; layer_approx: post-norm layers as well, "
+        "with their norms, as an approximation."
+    ),
 ]
 Criterion = Annotated[
     str,

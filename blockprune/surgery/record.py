@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import fx, nn
 
 from blockprune.plan import PruningPlan
 from blockprune.tracing import Call
 
-__all__ = ["TicketRecord", "attach", "record_of"]
+__all__ = ["TicketRecord", "attach", "record_of", "translated"]
 
 _KEY = "blockprune"
 
@@ -23,12 +24,14 @@ class TicketRecord:
         call: the example inputs, each tensor as a `TensorFact`.
         preserve_root: whether the root's class was kept on purpose.
         verified: the modes in which the ticket was proved equal to its reference.
+        renamed: for each layer that moved up in its list, its name to that in the dense model.
     """
 
     plan: PruningPlan
     call: Call
     preserve_root: bool
     verified: tuple[str, ...] = ()
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def attach(ticket: nn.Module, record: TicketRecord) -> None:
@@ -46,3 +49,13 @@ def record_of(model: nn.Module) -> TicketRecord | None:
     else:
         found = model.__dict__.get(f"_{_KEY}")
     return found if isinstance(found, TicketRecord) else None
+
+
+def translated(name: str, renamed: Mapping[str, str]) -> str:
+    """Return `name` with the innermost module in it that was renamed under its other name."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in renamed:
+            return ".".join([renamed[prefix], *parts[end:]])
+    return name

@@ -9,13 +9,14 @@ from typing import Any
 from torch import fx, nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
-from blockprune.errors import StalePlanError
+from blockprune.errors import ApproximationWarning, StalePlanError
 from blockprune.plan import PruningPlan
-from blockprune.surgery.assemble import assemble, graph_module
-from blockprune.surgery.record import TicketRecord, attach, record_of
+from blockprune.surgery.graph_module import graph_module
+from blockprune.surgery.record import TicketRecord, attach, record_of, translated
 from blockprune.surgery.rewrite import reference_graph, ticket_graph
+from blockprune.surgery.settle import Settled, layers_to_take_out, settle
 from blockprune.surgery.verify import verify as verify_ticket
-from blockprune.tracing import copy_graph, copy_model, isolated
+from blockprune.tracing import assemble, copy_graph, copy_model, isolated, structural_copy
 
 __all__ = ["cut_blocks", "remove_blocks"]
 
@@ -25,6 +26,7 @@ def remove_blocks(
     plan_or_names: PruningPlan | str | Iterable[str],
     example_inputs: Any,
     *,
+    granularity: str = "branch",
     verify: bool = True,
     preserve_root: bool = False,
 ) -> nn.Module:
@@ -40,8 +42,13 @@ def remove_blocks(
         plan_or_names: a `PruningPlan`, or names of branch or layer blocks.
         example_inputs: what the forward takes: a Tensor, a tuple of arguments or a dict of
             keywords.
+        granularity: that names are of; only "layer_approx" makes a difference, see `find_blocks`. A
+            plan has its own.
         verify: prove the equality on `example_inputs` before returning.
-        preserve_root: keep the root module's class and methods; only its children become graphs.
+        preserve_root: keep the root module's class and methods. Layers that became a pass-through
+            are taken out of the `ModuleList` or `Sequential` that holds them; those behind move up,
+            and the configuration of a transformers model follows. Where branches of a layer stay,
+            the child of the root that holds it becomes a graph.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
@@ -61,7 +68,8 @@ def remove_blocks(
         >>> sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in ticket.parameters())
         4704
     """
-    granularity = plan_or_names.granularity if isinstance(plan_or_names, PruningPlan) else "branch"
+    if isinstance(plan_or_names, PruningPlan):
+        granularity = plan_or_names.granularity
     analysis = find_blocks(model, example_inputs, granularity, preserve_root=preserve_root)
     if isinstance(plan_or_names, PruningPlan):
         plan = plan_or_names
@@ -87,7 +95,8 @@ def cut_blocks(
             f"{analysis.fingerprint[:12]}...). Make a plan for this model, or pass the model, the "
             "granularity and the kind of example inputs that it was made with."
         )
-    cuts = _resolve(analysis, plan.remove)
+    cuts = _resolve(analysis, plan.remove, plan.granularity)
+    _warn_of_approximation(cuts)
     by_region: dict[Flow, list[Cut]] = {}
     for cut in cuts:
         by_region.setdefault(cut.flow, []).append(cut)
@@ -98,36 +107,68 @@ def cut_blocks(
     for region in analysis.traced.regions:
         if region.path == "" and region.path not in graphs:
             graphs[""], references[""] = copy_graph(region.graph)[0], copy_graph(region.graph)[0]
+    # A root that is a graph has no lists.
+    has_lists = "" not in graphs and bool(layers_to_take_out(model, analysis.cuts, cuts)[0])
     with isolated():
-        ticket = assemble(copy_model(model), graphs, graph_module)
-    _warn_of_lost_hooks(model, graphs)
+        # The ticket itself, unless layers are yet to be taken out of it.
+        start = structural_copy if has_lists else copy_model
+        form = Settled(assemble(start(model), graphs, graph_module), graphs, {})
     verified: tuple[str, ...] = ()
     if verify:
-        verified = verify_ticket(model, ticket, analysis.traced, references, graphs)
-    earlier = record_of(model)
-    if earlier is not None:
-        plan = plan.model_copy(
-            update={
-                "remove": (*earlier.plan.remove, *plan.remove),
-                "fingerprint": earlier.plan.fingerprint,
-                # Two rankings of two models are no ranking of one.
-                "criterion": None,
-                "scores": {},
-                "p": None,
-            }
+        verified = verify_ticket(model, form.ticket, analysis.traced, references, graphs)
+    if has_lists:
+        form = settle(
+            model,
+            form.ticket,
+            graphs,
+            analysis.cuts,
+            cuts,
+            analysis.traced.call,
+            verify=verify,
+            renumbered=preserve_root,
         )
+    _warn_of_lost_hooks(model, form.graphs)
+    earlier, renamed = record_of(model), form.renamed
+    if earlier is not None:
+        plan, renamed = _after(earlier, plan, renamed)
     call = earlier.call if earlier is not None else analysis.traced.call.described()
-    attach(ticket, TicketRecord(plan, call, preserve_root, verified))
-    return ticket
+    attach(form.ticket, TicketRecord(plan, call, preserve_root, verified, renamed))
+    return form.ticket
+
+
+def _after(
+    earlier: TicketRecord, plan: PruningPlan, renamed: dict[str, str]
+) -> tuple[PruningPlan, dict[str, str]]:
+    """Return everything removed from the dense model, and the names, under the dense names."""
+    is_approximate = "layer_approx" in (earlier.plan.granularity, plan.granularity)
+    now = tuple(translated(name, earlier.renamed) for name in plan.remove)
+    together = plan.model_copy(
+        update={
+            "remove": (*earlier.plan.remove, *now),
+            "granularity": "layer_approx" if is_approximate else plan.granularity,
+            "fingerprint": earlier.plan.fingerprint,
+            # Two rankings of two models are no ranking of one.
+            "criterion": None,
+            "scores": {},
+            "p": None,
+        }
+    )
+    moved = {new: translated(old, earlier.renamed) for new, old in renamed.items()}
+    return together, {**earlier.renamed, **moved}
 
 
 def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
     """Return the plan that removes these blocks and those nested in them."""
-    cuts = _resolve(analysis, names)
+    cuts = _resolve(analysis, names, analysis.granularity)
+    bypassed = {cut.name for cut in cuts if not cut.branch.is_exact}
+    inner = {
+        name for cut in cuts if not cut.branch.is_exact for name in analysis.cuts.nested_in(cut)
+    }
     gone = {cut.name for cut in cuts}.union(*(analysis.cuts.nested_in(cut) for cut in cuts))
+    exact = [name for name in analysis.cuts.branches if name in gone - bypassed - inner]
     return PruningPlan(
-        remove=tuple(name for name in analysis.cuts.branches if name in gone),
-        granularity="branch",
+        remove=(*exact, *(name for name in analysis.cuts.bypasses if name in bypassed)),
+        granularity="layer_approx" if bypassed else "branch",
         criterion=None,
         scores={},
         p=None,
@@ -135,11 +176,26 @@ def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
     )
 
 
-def _resolve(analysis: BlockAnalysis, names: Iterable[str]) -> list[Cut]:
+def _resolve(analysis: BlockAnalysis, names: Iterable[str], granularity: str) -> list[Cut]:
+    known = {*analysis.cuts.branches, *analysis.cuts.layers}
+    if granularity == "layer_approx":
+        known |= set(analysis.cuts.bypasses)
     for name in (names := list(names)):
-        if name not in analysis.cuts.branches and name not in analysis.cuts.layers:
+        if name not in known:
             analysis.block(name)
     return analysis.cuts.of_blocks(names)
+
+
+def _warn_of_approximation(cuts: Iterable[Cut]) -> None:
+    names = [cut.name for cut in cuts if not cut.branch.is_exact]
+    if names:
+        warnings.warn(
+            f"{', '.join(dict.fromkeys(names))}: the whole layer goes, normalisations on the "
+            "stream included. The ticket is not the dense model with zeroed branches, but the one "
+            "with these layers replaced by their input.",
+            ApproximationWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_lost_hooks(model: nn.Module, graphs: dict[str, fx.Graph]) -> None:

@@ -1,7 +1,8 @@
 """Rewriting one region's graph: the ticket's graph, and the reference that it must equal.
 
 In the ticket a removed merge m = s + b becomes s. In the reference it stays, with b replaced by
-`zeros_like(b)`: zero times infinity would be NaN.
+`zeros_like(b)`: zero times infinity would be NaN. Where a whole layer is bypassed, which is an
+approximation, the reference goes on computing it and hands its input on.
 
 The dense m is memory of its own, s is not. So where something behind the merge writes into m in
 place (a ReLU whose shortcut was not activated yet), or into s, the ticket works on a clone of s:
@@ -29,6 +30,9 @@ def reference_graph(flow: Flow, cuts: Sequence[Cut]) -> fx.Graph:
     graph, twins = copy_graph(flow.region.graph)
     for cut in cuts:
         merge, branch = twins[cut.branch.merge], twins[cut.branch.branch]
+        if not cut.branch.is_exact:
+            merge.replace_all_uses_with(twins[cut.branch.shortcut], propagate_meta=False)
+            continue
         with graph.inserting_before(merge):
             zeros = graph.call_function(torch.zeros_like, (branch,))
         merge.replace_input_with(branch, zeros)

@@ -21,29 +21,35 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from blockprune.errors import VerificationError
 from blockprune.randomness import seed_rng
-from blockprune.surgery.assemble import assemble, graph_module
+from blockprune.surgery.comparing import (
+    GRADIENT_ULPS,
+    OUTPUT_ULPS,
+    SEED,
+    Outcome,
+    difference_of,
+    fresh,
+    gradients_of,
+    largest,
+    snapshot,
+    types_of,
+)
+from blockprune.surgery.graph_module import graph_module
 from blockprune.tracing import (
     Call,
     CallInterpreter,
+    Followed,
     TracedModel,
+    assemble,
     isolated,
     refused,
     structural_copy,
-    tensors_in,
 )
 
 __all__ = ["verify"]
-
-_SEED = 20240229
-_OUTPUT_ULPS = 4.0
-_GRADIENT_ULPS = 32.0
-
-_Outcome = tuple[Any, dict[str, Tensor] | None]
-"""Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
 
 
 def verify(
@@ -73,31 +79,11 @@ def verify(
         types = _compare_with_eager(model, traced, graphs)
         calls = _region_calls(model, traced.call, graphs)
         modes = {"eval"}
-        for path, graph in graphs.items():
-            modes |= _compare_region(model, ticket, path, references[path], graph, calls[path])
+        for path in graphs:
+            dense, kept = _side(model, path, references), _side(ticket, path, graphs)
+            modes |= _compare_region(path, dense, kept, calls[path])
         _compare_whole(model, ticket, traced.call, references, types)
     return tuple(mode for mode in ("eval", "train") if mode in modes)
-
-
-class _Interpreted(nn.Module):
-    """A region run node by node; `seeded` fixes each node's random draws by its name."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, *, seeded: bool) -> None:
-        super().__init__()
-        self.module = module
-        self.graph = graph
-        self.seeded = seeded
-
-    def __getattr__(self, name: str) -> Any:
-        # Code around the region may ask its module for more than a call.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        interpreter = _Seeded if self.seeded else CallInterpreter
-        return interpreter(self.module, graph=self.graph).run_call(Call(args, kwargs))
 
 
 class _Seeded(CallInterpreter):
@@ -107,7 +93,7 @@ class _Seeded(CallInterpreter):
         seed_rng(zlib.crc32(n.name.encode()))
         value = super().run_node(n)
         if self.seen is not None:
-            self.seen[n.name] = _snapshot(value)
+            self.seen[n.name] = snapshot(value)
         return value
 
 
@@ -120,7 +106,7 @@ def _compare_with_eager(
     """Compare the trace with the eager model; return the types that the model's output has."""
     originals = {region.path: region.graph for region in traced.regions if region.path in graphs}
     eager = structural_copy(model)
-    followed = assemble(structural_copy(model), originals, _interpret(seeded=False))
+    followed = assemble(structural_copy(model), originals, _followed(CallInterpreter))
     types = None
     for mode in ("eval", "train"):
         try:
@@ -130,9 +116,9 @@ def _compare_with_eager(
                 raise refused(model, traced.call, error) from error
             # The dense model itself wants other inputs here (targets, a larger batch).
             return types
-        types = types or _types(expected)
+        types = types or types_of(expected)
         found = _run(followed, traced.call, mode)
-        difference = _difference(found, expected, _OUTPUT_ULPS)
+        difference = difference_of(found, expected, OUTPUT_ULPS)
         if difference:
             raise VerificationError(
                 f"the traced graph of {type(model).__name__} does not compute what the model "
@@ -145,17 +131,8 @@ def _compare_with_eager(
 # --- 2. each region against its reference ---------------------------------------------------------
 
 
-def _compare_region(
-    model: nn.Module,
-    ticket: nn.Module,
-    path: str,
-    reference: fx.Graph,
-    graph: fx.Graph,
-    call: Call,
-) -> set[str]:
+def _compare_region(path: str, dense: _Side, kept: _Side, call: Call) -> set[str]:
     """Compare one region in both modes; return the modes in which the reference runs."""
-    dense = _Side(structural_copy(model).get_submodule(path), reference)
-    kept = _Side(structural_copy(ticket).get_submodule(path), graph)
     place = f"region {path!r}" if path else "the ticket"
     modes = set()
     for mode in ("eval", "train"):
@@ -174,7 +151,15 @@ class _Side:
     graph: fx.Graph
 
 
-def _reference_outcome(dense: _Side, call: Call, mode: str) -> tuple[Call, _Outcome] | None:
+def _side(model: nn.Module, path: str, graphs: Mapping[str, fx.Graph]) -> _Side:
+    """Return the graph at `path` with its module, in which inner regions follow their graphs."""
+    outer = f"{path}." if path else ""
+    inner = {p: g for p, g in graphs.items() if p != path and p.startswith(outer)}
+    whole = assemble(structural_copy(model), inner, _followed(_Seeded))
+    return _Side(whole.get_submodule(path), graphs[path])
+
+
+def _reference_outcome(dense: _Side, call: Call, mode: str) -> tuple[Call, Outcome] | None:
     """Return inputs that the reference runs on in this mode and what it gives, else None."""
     # A single value a channel cannot be normalised in train mode; two samples can.
     doubled = call.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
@@ -190,7 +175,7 @@ def _reference_outcome(dense: _Side, call: Call, mode: str) -> tuple[Call, _Outc
 
 
 def _compare_sides(
-    place: str, dense: _Side, kept: _Side, call: Call, reference: _Outcome, mode: str
+    place: str, dense: _Side, kept: _Side, call: Call, reference: Outcome, mode: str
 ) -> None:
     expected, gradients = reference
     try:
@@ -200,7 +185,7 @@ def _compare_sides(
             f"{place} fails where the zero-branch reference runs, in {mode} mode: "
             f"{type(error).__name__}: {error}"
         ) from error
-    difference = _difference(found, expected, _OUTPUT_ULPS)
+    difference = difference_of(found, expected, OUTPUT_ULPS)
     if difference:
         raise VerificationError(
             f"{place} differs from the zero-branch reference in {mode} mode at "
@@ -209,10 +194,10 @@ def _compare_sides(
     # A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
     # that of the whole backward pass.
     wanted = gradients or {}
-    scale = max((_largest(gradient) for gradient in wanted.values()), default=0.0)
+    scale = max((largest(gradient) for gradient in wanted.values()), default=0.0)
     for name, gradient in (kept_gradients or {}).items():
         reference_gradient = wanted.get(name, torch.zeros_like(gradient))
-        difference = _difference(gradient, reference_gradient, _GRADIENT_ULPS, scale)
+        difference = difference_of(gradient, reference_gradient, GRADIENT_ULPS, scale)
         if difference:
             raise VerificationError(
                 f"{place}: the gradient of {name!r} differs from that of the zero-branch "
@@ -220,38 +205,21 @@ def _compare_sides(
             )
 
 
-def _outcome(side: _Side, call: Call, mode: str, *, differentiate: bool) -> _Outcome:
+def _outcome(side: _Side, call: Call, mode: str, *, differentiate: bool) -> Outcome:
     """Return outputs, and gradients of a fixed random projection of them by parameter name."""
     module = side.module.train(mode == "train")
-    interpreted = _Interpreted(module, side.graph, seeded=True)
+    followed = Followed(module, side.graph, _Seeded)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    fresh = _fresh(call)
+    inputs = fresh(call)
     try:
         with torch.set_grad_enabled(differentiate):
-            outputs = interpreted(*fresh.args, **fresh.kwargs)
-            return outputs, _gradients(outputs, module) if differentiate else None
+            outputs = followed(*inputs.args, **inputs.kwargs)
+            return outputs, gradients_of(outputs, module) if differentiate else None
     finally:
         # The next run starts from the same running statistics.
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-def _gradients(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
-    heads = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
-    # A tied weight has several names, and the ticket may have lost the first of them.
-    every = module.named_parameters(remove_duplicate=False)
-    named = {name: parameter for name, parameter in every if parameter.requires_grad}
-    if not heads or not named:
-        return {}
-    generator = torch.Generator().manual_seed(_SEED)
-    cotangents = [
-        torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
-        for t in heads
-    ]
-    found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
-    pairs = zip(named, found, strict=True)
-    return {name: gradient for name, gradient in pairs if gradient is not None}
 
 
 def _locate(dense: _Side, kept: _Side, call: Call, mode: str) -> str:
@@ -261,11 +229,11 @@ def _locate(dense: _Side, kept: _Side, call: Call, mode: str) -> str:
         interpreter = _Seeded(side.module.train(mode == "train"), graph=side.graph)
         interpreter.seen = {}
         with torch.no_grad():
-            interpreter.run_call(_fresh(call))
+            interpreter.run_call(fresh(call))
         records.append(interpreter.seen)
     expected, found = records
     for name, value in found.items():
-        if name in expected and _difference(value, expected[name], _OUTPUT_ULPS):
+        if name in expected and difference_of(value, expected[name], OUTPUT_ULPS):
             return f"node {name!r}"
     return "its output"
 
@@ -283,9 +251,9 @@ def _compare_whole(
     reference = assemble(structural_copy(model), dict(references), graph_module)
     expected = _run(reference, call, "eval")
     found = _run(structural_copy(ticket), call, "eval")
-    if _types(found) != types:
-        raise VerificationError(f"the ticket returns {_types(found)}, the dense model {types}")
-    difference = _difference(found, expected, _OUTPUT_ULPS)
+    if types_of(found) != types:
+        raise VerificationError(f"the ticket returns {types_of(found)}, the dense model {types}")
+    difference = difference_of(found, expected, OUTPUT_ULPS)
     if difference:
         raise VerificationError(
             f"the ticket differs from the zero-branch reference in eval mode: {difference}"
@@ -295,15 +263,17 @@ def _compare_whole(
 # --- running and comparing ------------------------------------------------------------------------
 
 
-def _interpret(*, seeded: bool) -> Callable[[str, nn.Module, fx.Graph], nn.Module]:
-    return lambda path, module, graph: _Interpreted(module, graph, seeded=seeded)
+def _followed(
+    interpreter: type[CallInterpreter],
+) -> Callable[[str, nn.Module, fx.Graph], nn.Module]:
+    return lambda path, module, graph: Followed(module, graph, interpreter)
 
 
 def _run(model: nn.Module, call: Call, mode: str) -> Any:
-    seed_rng(_SEED)
-    fresh = _fresh(call)
+    seed_rng(SEED)
+    inputs = fresh(call)
     with torch.no_grad():
-        return _snapshot(model.train(mode == "train")(*fresh.args, **fresh.kwargs))
+        return snapshot(model.train(mode == "train")(*inputs.args, **inputs.kwargs))
 
 
 def _region_calls(model: nn.Module, call: Call, graphs: Mapping[str, fx.Graph]) -> dict[str, Call]:
@@ -315,7 +285,7 @@ def _region_calls(model: nn.Module, call: Call, graphs: Mapping[str, fx.Graph]) 
 
     def record(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(path, _fresh(Call(args, kwargs)))
+            calls.setdefault(path, fresh(Call(args, kwargs)))
 
         return hook
 
@@ -323,55 +293,3 @@ def _region_calls(model: nn.Module, call: Call, graphs: Mapping[str, fx.Graph]) 
         copy.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True)
     _run(copy, call, "eval")
     return calls
-
-
-def _fresh(call: Call) -> Call:
-    """Return the call with tensors of its own: a forward may write into its inputs."""
-    return call.map(lambda tensor: tensor.detach().clone())
-
-
-def _snapshot(value: Any) -> Any:
-    """Return the value with tensors that a later in-place operation cannot reach."""
-    return Call((value,), {}).map(lambda tensor: tensor.detach().clone()).args[0]
-
-
-def _types(value: Any) -> Any:
-    """Return the nested type names of an output."""
-    if isinstance(value, Tensor):
-        return "Tensor"
-    name = type(value).__name__.removeprefix("immutable_")
-    if isinstance(value, dict):
-        return name, {key: _types(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return name, [_types(item) for item in value]
-    return name
-
-
-def _difference(found: Any, expected: Any, ulps: float, scale: float | None = None) -> str:
-    """Describe the first difference of two nested values, or return an empty string.
-
-    Numbers may differ by `ulps` units in the last place of `scale`, else of the largest expected.
-    """
-    ours, theirs = list(tensors_in(found)), list(tensors_in(expected))
-    if len(ours) != len(theirs):
-        return f"{len(ours)} tensors instead of {len(theirs)}"
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}"
-        if torch.equal(a, b):
-            continue
-        if not (a.dtype.is_floating_point or a.dtype.is_complex):
-            return f"{int((a != b).sum())} elements of a {a.dtype} tensor differ"
-        finite = b.isfinite()
-        if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
-            return "infinities or NaNs at other places"
-        size = _largest(b[finite]) if scale is None else scale
-        largest = _largest((a - b)[finite])
-        # Not "largest > bound": a NaN where the reference is finite must not pass.
-        if not largest <= ulps * torch.finfo(b.dtype).eps * size:
-            return f"largest difference {largest:.3g} on values up to {size:.3g}"
-    return ""
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0

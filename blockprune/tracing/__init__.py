@@ -7,6 +7,7 @@ from blockprune.tracing.conditions import expect_condition
 from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter
+from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.regions import Region, TracedModel, trace_model
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
@@ -14,10 +15,12 @@ __all__ = [
     "Call",
     "CallInterpreter",
     "Facts",
+    "Followed",
     "Region",
     "TensorFact",
     "TracedModel",
     "as_call",
+    "assemble",
     "copy_graph",
     "copy_model",
     "expect_condition",

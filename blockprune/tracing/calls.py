@@ -202,7 +202,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _copy_of_state(value: Any) -> Any:
-    if isinstance(value, _PLAIN) or isinstance(value, Tensor | TensorFact | nn.Module):
+    if isinstance(value, (*_PLAIN, Tensor, TensorFact, nn.Module)):
         return value
     try:
         return copy.deepcopy(value)

@@ -4,7 +4,7 @@ A forward branches on constants (`if mask is not None`), so a trace binds them. 
 transformer, though, takes `attention_mask=None` and `use_cache=True` just to pass them to its
 attention, which is called, not looked into. Bound there, they would make a ticket that knows one
 way of being called. Such an argument is recognised by trying what else it may be: a proxy, which
-stops any look at it, the other value of a flag, and a tensor instead of None. Where all these traces
+stops any look at it, the other value of a flag, a tensor instead of None. Where all these traces
 agree, but for the places that the argument is handed to, it stays an argument.
 """
 
@@ -136,7 +136,8 @@ def _equal(
     if isinstance(a, fx.Node):
         if twin.get(a) is b:
             return True
-        return hands_on and a.op == "placeholder" and a.target in values and b is values[a.target]
+        name = str(a.target)
+        return hands_on and a.op == "placeholder" and name in values and b is values[name]
     if type(a) is not type(b):
         return False
     if isinstance(a, tuple | list):

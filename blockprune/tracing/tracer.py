@@ -5,9 +5,10 @@ wrong ticket, so each is either recorded in the graph or stops the trace of the 
 
 1. factories (`torch.arange(n)`, `torch.rand(1)`) are recorded as calls;
 2. buffers are read through `get_attr`; a tensor from anywhere else stops the trace;
-3. an operation under `no_grad` or another autocast state than the trace's own stops it, since a
+3. setting an attribute of a traced value, which no node can stand for, stops it;
+4. an operation under `no_grad` or another autocast state than the trace's own stops it, since a
    graph has no such regions;
-4. Python's and numpy's random generators must not move.
+5. Python's and numpy's random generators must not move.
 
 A module in which the trace stops becomes a leaf: it is called, not looked into. The trace goes on,
 so that one pass finds every such module; `trace_once` then starts again with all of them known.
@@ -192,6 +193,9 @@ class _Tracer(fx.Tracer):
 
     # --- what a value becomes -------------------------------------------------------------------
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _execution_state() != self._baseline:
             raise TraceError("changes the grad or autocast mode inside its forward")
@@ -308,6 +312,15 @@ class _Tracer(fx.Tracer):
 
     def _guard(self, name: str, proxy: fx.Proxy, value: Any) -> None:
         self.create_proxy("call_function", expect_constant, (name, proxy, value), {})
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that does not swallow what a forward writes into a value (an output object)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise TraceError(f"sets the attribute {name!r} of a value that it was given")
+        super().__setattr__(name, value)
 
 
 def _draws() -> tuple[Any, ...]:

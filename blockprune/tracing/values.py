@@ -60,8 +60,8 @@ def map_tensors(
     if isinstance(value, list):
         return [map_tensors(item, change, kind, other) for item in value]
     if isinstance(value, dict):
-        items = {key: map_tensors(item, change, kind, other) for key, item in value.items()}
-        return items if type(value) in (dict, immutable_dict) else _with_items(value, items)
+        named = {key: map_tensors(item, change, kind, other) for key, item in value.items()}
+        return named if type(value) in (dict, immutable_dict) else _with_items(value, named)
     if dataclasses.is_dataclass(value) and not isinstance(value, type | TensorFact):
         changed = copy.copy(value)
         for field in dataclasses.fields(value):

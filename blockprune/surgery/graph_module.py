@@ -1,35 +1,13 @@
-"""Putting graphs back into a model: regions become modules again."""
+"""The module that a region's graph becomes in a ticket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-__all__ = ["assemble", "graph_module"]
-
-
-def assemble(
-    model: nn.Module,
-    graphs: Mapping[str, fx.Graph],
-    build: Callable[[str, nn.Module, fx.Graph], nn.Module],
-) -> nn.Module:
-    """Return `model`, which is changed, with the module at each path rebuilt from its graph.
-
-    Inner paths go first, so that an outer graph that calls a leaf finds it rebuilt already.
-    """
-    for path in sorted(graphs, key=lambda path: path.count(".") + bool(path), reverse=True):
-        old = model.get_submodule(path)
-        new = build(path, old, graphs[path])
-        if path == "":
-            return new
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = new
-    return model
+__all__ = ["graph_module"]
 
 
 def graph_module(path: str, module: nn.Module, graph: fx.Graph) -> fx.GraphModule:

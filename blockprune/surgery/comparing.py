@@ -1,0 +1,102 @@
+"""Comparing two computations of one function: outputs, gradients, types.
+
+Numbers may differ by a few units in the last place, which is what another order of summation gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.tracing import Call, tensors_in
+
+__all__ = [
+    "GRADIENT_ULPS",
+    "OUTPUT_ULPS",
+    "SEED",
+    "Outcome",
+    "difference_of",
+    "fresh",
+    "gradients_of",
+    "largest",
+    "snapshot",
+    "types_of",
+]
+
+SEED = 20240229
+OUTPUT_ULPS = 4.0
+GRADIENT_ULPS = 32.0
+
+Outcome = tuple[Any, dict[str, Tensor] | None]
+"""Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
+
+
+def fresh(call: Call) -> Call:
+    """Return the call with tensors of its own: a forward may write into its inputs."""
+    return call.map(lambda tensor: tensor.detach().clone())
+
+
+def snapshot(value: Any) -> Any:
+    """Return the value with tensors that a later in-place operation cannot reach."""
+    return Call((value,), {}).map(lambda tensor: tensor.detach().clone()).args[0]
+
+
+def types_of(value: Any) -> Any:
+    """Return the nested type names of an output."""
+    if isinstance(value, Tensor):
+        return "Tensor"
+    name = type(value).__name__.removeprefix("immutable_")
+    if isinstance(value, dict):
+        return name, {key: types_of(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return name, [types_of(item) for item in value]
+    return name
+
+
+def difference_of(found: Any, expected: Any, ulps: float, scale: float | None = None) -> str:
+    """Describe the first difference of two nested values, or return an empty string.
+
+    Numbers may differ by `ulps` units in the last place of `scale`, else of the largest expected.
+    """
+    ours, theirs = list(tensors_in(found)), list(tensors_in(expected))
+    if len(ours) != len(theirs):
+        return f"{len(ours)} tensors instead of {len(theirs)}"
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}"
+        if torch.equal(a, b):
+            continue
+        if not (a.dtype.is_floating_point or a.dtype.is_complex):
+            return f"{int((a != b).sum())} elements of a {a.dtype} tensor differ"
+        finite = b.isfinite()
+        if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
+            return "infinities or NaNs at other places"
+        size = largest(b[finite]) if scale is None else scale
+        gap = largest((a - b)[finite])
+        # Not "gap > bound": a NaN where the reference is finite must not pass.
+        if not gap <= ulps * torch.finfo(b.dtype).eps * size:
+            return f"largest difference {gap:.3g} on values up to {size:.3g}"
+    return ""
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+
+
+def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
+    heads = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+    # A tied weight has several names, and the ticket may have lost the first of them.
+    every = module.named_parameters(remove_duplicate=False)
+    named = {name: parameter for name, parameter in every if parameter.requires_grad}
+    if not heads or not named:
+        return {}
+    generator = torch.Generator().manual_seed(SEED)
+    cotangents = [
+        torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
+        for t in heads
+    ]
+    found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
+    pairs = zip(named, found, strict=True)
+    return {name: gradient for name, gradient in pairs if gradient is not None}

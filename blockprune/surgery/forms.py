@@ -1,0 +1,82 @@
+"""Two forms of one model, compared as a user would run them.
+
+Where layers that became a pass-through are taken out of their lists, what comes of it is compared
+with the ticket that was proved before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from blockprune.randomness import AlikeDraws
+from blockprune.surgery.comparing import (
+    GRADIENT_ULPS,
+    OUTPUT_ULPS,
+    Outcome,
+    difference_of,
+    fresh,
+    gradients_of,
+    largest,
+    types_of,
+)
+from blockprune.tracing import Call, isolated, structural_copy
+
+__all__ = ["differ"]
+
+
+def differ(one: nn.Module, other: nn.Module, call: Call, names: Callable[[str], str]) -> str:
+    """Say how two models differ as functions, in both modes and in gradients; "" if they agree.
+
+    `names` turns the name of a parameter of `other` into its name in `one`.
+    """
+    with isolated():
+        for mode in ("eval", "train"):
+            try:
+                expected = _drawn_alike(one, call, mode)
+            except Exception:
+                if mode == "eval":
+                    raise
+                # The model itself does not run in train mode on these inputs.
+                continue
+            try:
+                found = _drawn_alike(other, call, mode)
+            except Exception as error:
+                return f"it fails in {mode} mode: {type(error).__name__}: {error}"
+            difference = _outcomes_differ(found, expected, names)
+            if difference:
+                return f"in {mode} mode, {difference}"
+    return ""
+
+
+def _drawn_alike(model: nn.Module, call: Call, mode: str) -> Outcome:
+    """Run a model so that its draws do not depend on what else was drawn before."""
+    model = structural_copy(model).train(mode == "train")
+    for differentiate in (True, False):
+        inputs = fresh(call)
+        try:
+            with torch.set_grad_enabled(differentiate), AlikeDraws():
+                outputs = model(*inputs.args, **inputs.kwargs)
+                return outputs, gradients_of(outputs, model) if differentiate else None
+        except Exception:
+            if not differentiate:
+                raise
+    raise AssertionError
+
+
+def _outcomes_differ(found: Outcome, expected: Outcome, names: Callable[[str], str]) -> str:
+    if types_of(found[0]) != types_of(expected[0]):
+        return f"it returns {types_of(found[0])} instead of {types_of(expected[0])}"
+    difference = difference_of(found[0], expected[0], OUTPUT_ULPS)
+    if difference or found[1] is None or expected[1] is None:
+        return difference
+    gradients = {names(name): gradient for name, gradient in found[1].items()}
+    scale = max((largest(gradient) for gradient in expected[1].values()), default=0.0)
+    for name, gradient in gradients.items():
+        wanted = expected[1].get(name, torch.zeros_like(gradient))
+        difference = difference_of(gradient, wanted, GRADIENT_ULPS, scale)
+        if difference:
+            return f"the gradient of {name!r}: {difference}"
+    return ""

@@ -1,0 +1,164 @@
+"""Taking layers that became a pass-through out of the lists that hold them.
+
+Inside a model that keeps its class, a layer whose branches are all gone need not stay as a module
+that does nothing: `for layer in self.layers` runs as well over a shorter list. Whether the code
+around a list agrees (it may ask for `self.layers[3]`) is not guessed but tried: the shorter model
+must compute what the one with pass-throughs computes, in both modes, gradients included. In lists
+where it does not, the pass-throughs stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import fx, nn
+
+from blockprune.blocks import Cut, Cuts
+from blockprune.surgery.configuration import follow_configuration, has_configuration
+from blockprune.surgery.forms import differ
+from blockprune.surgery.graph_module import graph_module
+from blockprune.surgery.lists import (
+    Removal,
+    is_in_list,
+    moved_up,
+    removals,
+    renumber,
+    take_out,
+)
+from blockprune.surgery.record import translated
+from blockprune.tracing import Call, assemble, copy_model, isolated, structural_copy
+
+__all__ = ["Settled", "layers_to_take_out", "settle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """A ticket without the layers that became a pass-through.
+
+    Attributes:
+        ticket: the ticket.
+        graphs: region path to graph, of the regions in it that are graphs.
+        renamed: for each layer that moved up in its list, its name to the one before.
+    """
+
+    ticket: nn.Module
+    graphs: dict[str, fx.Graph]
+    renamed: dict[str, str]
+
+
+def layers_to_take_out(
+    model: nn.Module, cuts: Cuts, chosen: Sequence[Cut], lists: Collection[str] | None = None
+) -> tuple[list[Removal], set[str]]:
+    """Return what can go from which list, and the paths of the regions that it covers.
+
+    A layer can go where nothing is left of it but its input, and where the region that it lies in
+    loses such layers only: any other cut makes that region a graph, in which there are no lists.
+    `lists`: paths of the lists that are looked at, None for all.
+    """
+    gone = {cut.name for cut in chosen}
+    gone |= {name for cut in chosen for name in cuts.nested_in(cut)}
+    ways = {
+        name: [cuts.branches[part] for part in parts]
+        for name, parts in cuts.layers.items()
+        if gone.issuperset(parts)
+    }
+    for cut in chosen:
+        if not cut.branch.is_exact:
+            ways.setdefault(cut.name, []).append(cut)
+    ways = {
+        name: parts
+        for name, parts in ways.items()
+        if is_in_list(model, name) and (lists is None or name.rpartition(".")[0] in lists)
+    }
+    covered = {cut.branch.merge for parts in ways.values() for cut in parts}
+    graphs = {cut.flow for cut in chosen if cut.branch.merge not in covered}
+    names = [n for n, parts in ways.items() if graphs.isdisjoint(cut.flow for cut in parts)]
+    return removals(model, names), {
+        cut.flow.region.path for cut in chosen if cut.flow not in graphs
+    }
+
+
+def settle(
+    model: nn.Module,
+    proved: nn.Module,
+    graphs: Mapping[str, fx.Graph],
+    cuts: Cuts,
+    chosen: Sequence[Cut],
+    call: Call,
+    *,
+    verify: bool,
+    renumbered: bool,
+) -> Settled:
+    """Return the ticket without its pass-throughs, as far as it computes what `proved` computes.
+
+    Args:
+        model: the dense model.
+        proved: the ticket with pass-throughs in their place; may share weights with `model`.
+        graphs: region path to the ticket's graph.
+        cuts, chosen: the branches of the model, and those that go.
+        call: the example inputs.
+        verify: compare with `proved`; if not, all layers that can go are taken out.
+        renumbered: whether the layers behind are to have the names of a shallower model.
+    """
+    gone, covered = layers_to_take_out(model, cuts, chosen)
+    why = ""
+
+    def agrees(form: Settled) -> bool:
+        nonlocal why
+        names = form.renamed
+        why = differ(proved, form.ticket, call, lambda name: translated(name, names))
+        return not why
+
+    def attempt(gone: list[Removal], covered: set[str], *, final: bool) -> Settled | None:
+        inside = {path: graph for path, graph in graphs.items() if path not in covered}
+        for follows in (True, False) if has_configuration(model) else (False,):
+            form = _without(model, inside, gone, final, follows, renumbered)
+            if form is not None and (not verify or agrees(form)):
+                if final and has_configuration(model) and not follows:
+                    _warn("the configuration could not be brought in step with the layers left")
+                return form
+        return None
+
+    found = attempt(gone, covered, final=True)
+    if found is None and len(gone) > 1:
+        ways = {r.path: layers_to_take_out(model, cuts, chosen, [r.path]) for r in gone}
+        good = [path for path, way in ways.items() if way[0] and attempt(*way, final=False)]
+        gone, covered = layers_to_take_out(model, cuts, chosen, good)
+        found = attempt(gone, covered, final=True) if gone else None
+    if found is None:
+        if renumbered:
+            _warn(f"pass-throughs stay in the place of layers, since without them {why}")
+        with isolated():
+            ticket = assemble(copy_model(model), graphs, graph_module)
+        found = Settled(ticket, dict(graphs), {})
+    return found
+
+
+def _without(
+    model: nn.Module,
+    graphs: dict[str, fx.Graph],
+    gone: Sequence[Removal],
+    final: bool,
+    follows: bool,
+    renumbered: bool,
+) -> Settled | None:
+    """Return a copy of `model` with these graphs and without these layers.
+
+    `follows`: with its configuration in step, or None where that is not possible.
+    """
+    with isolated():
+        # What is only tried out shares its weights.
+        ticket = assemble((copy_model if final else structural_copy)(model), graphs, graph_module)
+    take_out(ticket, gone)
+    if follows and not follow_configuration(model, ticket, gone):
+        return None
+    if not renumbered:
+        return Settled(ticket, graphs, {})
+    renumber(ticket, gone)
+    return Settled(ticket, graphs, moved_up(gone))
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}.", stacklevel=7)
