@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from blockprune.blocks import BlockAnalysis, find_blocks
+from blockprune.blocks import BlockAnalysis, Reason, find_blocks
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
 from blockprune.errors import InfeasibleBudgetError
@@ -16,7 +16,7 @@ from blockprune.inputs import infer_example_inputs
 from blockprune.plan import make_plan
 from blockprune.scoring import first_inputs, score_blocks
 from blockprune.surgery import cut_blocks, record_of
-from blockprune.tracing import TensorFact
+from blockprune.tracing import LeafModules, TensorFact
 
 __all__ = ["prune"]
 
@@ -35,6 +35,7 @@ def prune(
     seed: int = 0,
     verify: bool = True,
     preserve_root: bool = False,
+    leaf_modules: LeafModules = (),
 ) -> nn.Module:
     """Return a copy of `model` without its `p` least important residual blocks.
 
@@ -55,7 +56,9 @@ def prune(
         min_blocks_per_stage: residual blocks that stay in each stage at the least.
         seed: of all that is random.
         verify: prove the equality before returning.
-        preserve_root: keep the root module's class and methods; only its children become graphs.
+        preserve_root: keep the root module's class and methods; see `remove_blocks`.
+        leaf_modules: modules that are called and not looked into: classes, names of classes, or
+            `fnmatch` patterns of qualified names.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
@@ -82,7 +85,13 @@ def prune(
         example_inputs, data = first_inputs(model, data)
     if example_inputs is None:
         example_inputs = _example_of(model, seed)
-    analysis = find_blocks(model, example_inputs, granularity, preserve_root=preserve_root)
+    analysis = find_blocks(
+        model,
+        example_inputs,
+        granularity,
+        preserve_root=preserve_root,
+        leaf_modules=leaf_modules,
+    )
     limits: dict[str, Any] = {"protect": protect, "min_blocks_per_stage": min_blocks_per_stage}
     _refuse_if_hopeless(model, analysis, p)
     # An impossible budget is told before the scoring, which may take long.
@@ -106,6 +115,14 @@ def _example_of(model: nn.Module, seed: int) -> Any:
 def _refuse_if_hopeless(model: nn.Module, analysis: BlockAnalysis, p: object) -> None:
     if analysis.blocks or p == 0:
         return
+    stopped = [r for r in analysis.rejections if r.reason is Reason.OPAQUE]
+    if stopped and len(stopped) == len(analysis.rejections):
+        raise InfeasibleBudgetError(
+            f"{type(model).__name__} has no removable residual block that could be found: "
+            f"{stopped[0].name} cannot be looked into, since {stopped[0].detail}. Try "
+            "example_inputs that take another way through it, leaf_modules= for the module inside "
+            "that stops it, or preserve_root=True, which looks into its children one by one."
+        )
     reasons = Counter(str(rejection.reason) for rejection in analysis.rejections)
     found = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise InfeasibleBudgetError(

@@ -88,6 +88,7 @@ def save_ticket(
         "plan": json.loads(plan.to_json()),
         "call": {"args": _encode(record.call.args), "kwargs": _encode(record.call.kwargs)},
         "preserve_root": record.preserve_root,
+        "leaf_modules": list(record.leaf_modules),
         "aliases": aliases,
     }
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -120,13 +121,21 @@ def load_ticket(
         plan = PruningPlan.from_json(json.dumps(header["plan"]))
         args, kwargs = _decode(header["call"]["args"]), _decode(header["call"]["kwargs"])
         preserve_root, aliases = bool(header["preserve_root"]), dict(header["aliases"])
+        # Files of before have no such entry.
+        leaf_modules = [str(entry) for entry in header.get("leaf_modules", [])]
     except (KeyError, TypeError, ValueError, PlanError, ValidationError) as error:
         raise TicketError(f"{path} does not hold a valid ticket header: {error}") from error
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise TicketError(f"{path} does not hold a valid ticket header: its call is malformed")
     device = next((p.device for p in dense_model.parameters()), torch.device("cpu"))
     call = Call(args, kwargs).map(lambda fact: fact.example().to(device), TensorFact)
-    analysis = find_blocks(dense_model, call, plan.granularity, preserve_root=preserve_root)
+    analysis = find_blocks(
+        dense_model,
+        call,
+        plan.granularity,
+        preserve_root=preserve_root,
+        leaf_modules=leaf_modules,
+    )
     ticket = cut_blocks(dense_model, analysis, plan, verify=verify, preserve_root=preserve_root)
     _fill(ticket, tensors, aliases, path)
     return ticket

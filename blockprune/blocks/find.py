@@ -28,7 +28,7 @@ from blockprune.blocks.types import (
     Stage,
 )
 from blockprune.errors import PlanError
-from blockprune.tracing import TracedModel, trace_model
+from blockprune.tracing import NOT_EXECUTED, LeafModules, TracedModel, trace_model
 
 __all__ = ["find_blocks"]
 
@@ -41,6 +41,7 @@ def find_blocks(
     granularity: str = "branch",
     *,
     preserve_root: bool = False,
+    leaf_modules: LeafModules = (),
 ) -> BlockAnalysis:
     """Find every removable residual block of a model, and say why the other merges are none.
 
@@ -56,6 +57,8 @@ def find_blocks(
             branches (post-norm) are blocks that go whole. That is an approximation: it is not the
             dense model with branches multiplied by zero, and removing such a block warns.
         preserve_root: keep the root module's class; its children are looked into one by one.
+        leaf_modules: modules that are called and not looked into: classes, names of classes, or
+            `fnmatch` patterns of qualified names.
 
     Returns:
         The analysis; a model with no removable block gets one with no blocks.
@@ -75,13 +78,13 @@ def find_blocks(
         choices = ", ".join(map(repr, GRANULARITIES))
         raise PlanError(f"granularity must be one of {choices}, got {granularity!r}")
     with _collection_paused():
-        return _analyse(model, example_inputs, cast(Granularity, granularity), preserve_root)
+        traced = trace_model(
+            model, example_inputs, preserve_root=preserve_root, leaf_modules=leaf_modules
+        )
+        return _analyse(traced, cast(Granularity, granularity))
 
 
-def _analyse(
-    model: nn.Module, example_inputs: Any, granularity: Granularity, preserve_root: bool
-) -> BlockAnalysis:
-    traced = trace_model(model, example_inputs, preserve_root=preserve_root)
+def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:
     flows = [Flow(region) for region in traced.regions]
     branches, refusals = _examine_all(flows)
     branch_cuts = _name_cuts(branches)
@@ -207,11 +210,15 @@ def _rejections(refusals: Sequence[tuple[Flow, Refusal]]) -> list[Rejection]:
 
 
 def _opaque(traced: TracedModel) -> list[Rejection]:
-    """Report the opaque modules that hold parameters, and so could hide a block."""
+    """Report the opaque modules that could hide a block.
+
+    These have parameters, and either add tensors of one shape or were never run.
+    """
     return [
         Rejection(path or type(traced.root).__name__, Reason.OPAQUE, reason)
         for path, reason in traced.opaque.items()
-        if next(traced.root.get_submodule(path).parameters(), None) is not None
+        if (path in traced.may_merge or reason == NOT_EXECUTED)
+        and next(traced.root.get_submodule(path).parameters(), None) is not None
     ]
 
 

@@ -16,7 +16,14 @@ from blockprune.surgery.record import TicketRecord, attach, record_of, translate
 from blockprune.surgery.rewrite import reference_graph, ticket_graph
 from blockprune.surgery.settle import Settled, layers_to_take_out, settle
 from blockprune.surgery.verify import verify as verify_ticket
-from blockprune.tracing import assemble, copy_graph, copy_model, isolated, structural_copy
+from blockprune.tracing import (
+    LeafModules,
+    assemble,
+    copy_graph,
+    copy_model,
+    isolated,
+    structural_copy,
+)
 
 __all__ = ["cut_blocks", "remove_blocks"]
 
@@ -29,6 +36,7 @@ def remove_blocks(
     granularity: str = "branch",
     verify: bool = True,
     preserve_root: bool = False,
+    leaf_modules: LeafModules = (),
 ) -> nn.Module:
     """Return a shallower copy of `model`: the ticket, with the named blocks gone.
 
@@ -49,6 +57,8 @@ def remove_blocks(
             are taken out of the `ModuleList` or `Sequential` that holds them; those behind move up,
             and the configuration of a transformers model follows. Where branches of a layer stay,
             the child of the root that holds it becomes a graph.
+        leaf_modules: modules that are called and not looked into: classes, names of classes, or
+            `fnmatch` patterns of qualified names.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
@@ -70,7 +80,13 @@ def remove_blocks(
     """
     if isinstance(plan_or_names, PruningPlan):
         granularity = plan_or_names.granularity
-    analysis = find_blocks(model, example_inputs, granularity, preserve_root=preserve_root)
+    analysis = find_blocks(
+        model,
+        example_inputs,
+        granularity,
+        preserve_root=preserve_root,
+        leaf_modules=leaf_modules,
+    )
     if isinstance(plan_or_names, PruningPlan):
         plan = plan_or_names
     else:
@@ -132,7 +148,9 @@ def cut_blocks(
     if earlier is not None:
         plan, renamed = _after(earlier, plan, renamed)
     call = earlier.call if earlier is not None else analysis.traced.call.described()
-    attach(form.ticket, TicketRecord(plan, call, preserve_root, verified, renamed))
+    asked = analysis.traced.leaf_modules
+    record = TicketRecord(plan, call, preserve_root, asked, verified, renamed)
+    attach(form.ticket, record)
     return form.ticket
 
 

@@ -8,14 +8,16 @@ from blockprune.tracing.copying import copy_graph, copy_model, isolated, structu
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter
 from blockprune.tracing.placing import Followed, assemble
-from blockprune.tracing.regions import Region, TracedModel, trace_model
+from blockprune.tracing.regions import NOT_EXECUTED, LeafModules, Region, TracedModel, trace_model
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
 __all__ = [
+    "NOT_EXECUTED",
     "Call",
     "CallInterpreter",
     "Facts",
     "Followed",
+    "LeafModules",
     "Region",
     "TensorFact",
     "TracedModel",

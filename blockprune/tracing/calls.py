@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx.node import has_side_effect
 
 from blockprune.errors import TraceError
+from blockprune.tracing.places import line_of, module_of
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
 __all__ = [
@@ -152,9 +153,11 @@ def refused(module: nn.Module, call: Call, error: Exception) -> TraceError:
     found = [*tensors_in(given), *tensors_in(given, TensorFact)]
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found) or "(none)"
     reason = str(error).strip().partition("\n")[0]
+    inside, line = module_of(error), line_of(error)
+    where = (f" in module {inside!r}" if inside else "") + (f" at {line}" if line else "")
     return TraceError(
         f"{type(module).__name__} does not run on inputs of shape {shapes}: "
-        f"{type(error).__name__}: {reason}. "
+        f"{type(error).__name__}{where}: {reason}. "
         "Pass example_inputs that the model's own forward accepts."
     )
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Container, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from blockprune.errors import TraceError
+from blockprune.errors import TraceError, close_names
 from blockprune.randomness import seed_rng
 from blockprune.tracing.calls import Call, as_call, bind, constants_of, refused
 from blockprune.tracing.constants import trace_with_arguments
@@ -22,10 +24,16 @@ from blockprune.tracing.copying import copy_graph, isolated, structural_copy
 from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.modes import trace_both_modes
 from blockprune.tracing.placing import Followed, assemble
+from blockprune.tracing.recording import record_calls
 from blockprune.tracing.tracer import Leaves
 from blockprune.tracing.values import tensors_in
 
-__all__ = ["Region", "TracedModel", "trace_model"]
+__all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"]
+
+LeafModules = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+"""Modules that are not to be looked into: classes, names of classes, patterns of names."""
+
+NOT_EXECUTED = "not executed by the example inputs"
 
 _PURE_FUNCTIONS = frozenset({getattr, len, operator.getitem})
 _PURE_METHODS = frozenset({"dim", "numel", "size", "stride"})
@@ -68,16 +76,24 @@ class TracedModel:
         call: the example inputs it was traced with.
         regions: in order of execution.
         opaque: module name to reason.
+        may_merge: those of the opaque modules in which tensors of one shape were added.
+        leaf_modules: as asked for, classes by name.
     """
 
     root: nn.Module
     call: Call
     regions: tuple[Region, ...]
     opaque: dict[str, str]
+    may_merge: frozenset[str] = frozenset()
+    leaf_modules: tuple[str, ...] = ()
 
 
 def trace_model(
-    model: nn.Module, example_inputs: Any, *, preserve_root: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    preserve_root: bool = False,
+    leaf_modules: LeafModules = (),
 ) -> TracedModel:
     """Trace `model` into regions, leaving it untouched.
 
@@ -85,9 +101,12 @@ def trace_model(
         model: any `nn.Module`.
         example_inputs: a Tensor, a tuple of arguments or a dict of keywords that its forward takes.
         preserve_root: keep the root as the module it is, and make its children the regions.
+        leaf_modules: modules that are called and not looked into: classes, names of classes, or
+            `fnmatch` patterns of qualified names.
 
     Raises:
-        TraceError: the model cannot be copied, or does not run on `example_inputs`.
+        TraceError: the model cannot be copied, or does not run on `example_inputs`; or an entry of
+            `leaf_modules` matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"a model is a torch.nn.Module, not {type(model).__name__}.")
@@ -97,16 +116,46 @@ def trace_model(
             "forward to follow. Pass the nn.Module that it was made from."
         )
     call = as_call(model, example_inputs)
+    leaf_modules = [leaf_modules] if isinstance(leaf_modules, str | type) else list(leaf_modules)
+    asked = _modules_asked_for(model, leaf_modules)
     with isolated():
         _check_that_it_runs(model, call)
-        walk = _Walk(structural_copy(model), call)
+        walk = _Walk(structural_copy(model), call, asked)
         if preserve_root:
             walk.descend("", ())
         else:
             walk.attempt("", call, ())
         walk.give_up_strays()
+        may_merge = walk.opaque_with_merges()
     regions = sorted(walk.regions, key=lambda region: region.order)
-    return TracedModel(walk.root, call, tuple(regions), walk.opaque)
+    names = tuple(entry if isinstance(entry, str) else entry.__name__ for entry in leaf_modules)
+    return TracedModel(walk.root, call, tuple(regions), walk.opaque, may_merge, names)
+
+
+def _modules_asked_for(
+    model: nn.Module, leaf_modules: Iterable[str | type[nn.Module]]
+) -> dict[str, str]:
+    """Return the paths of the modules that are to be leaves, with the reason."""
+    found: dict[str, str] = {}
+    for entry in leaf_modules:
+        matches = [path for path, module in model.named_modules() if _is_meant(entry, path, module)]
+        if not matches:
+            known = {type(module).__name__ for module in model.modules()}
+            known |= {path for path, _ in model.named_modules()}
+            raise TraceError(
+                f"leaf_modules: {entry!r} is no class, and no pattern of a qualified name, of a "
+                f"module inside {type(model).__name__}.{close_names(str(entry), known)}"
+            )
+        found |= dict.fromkeys(matches, f"asked for by leaf_modules ({entry})")
+    return found
+
+
+def _is_meant(entry: str | type[nn.Module], path: str, module: nn.Module) -> bool:
+    if not path:
+        return False
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    return fnmatchcase(path, entry) or type(module).__name__ == entry
 
 
 def _check_that_it_runs(model: nn.Module, call: Call) -> None:
@@ -127,18 +176,23 @@ def _check_that_it_runs(model: nn.Module, call: Call) -> None:
 class _Walk:
     """The search for regions in one model."""
 
-    def __init__(self, root: nn.Module, call: Call) -> None:
+    def __init__(self, root: nn.Module, call: Call, asked: dict[str, str]) -> None:
         self.root = root
         self.call = call
+        self.asked = asked
         self.regions: list[Region] = []
         self.opaque: dict[str, str] = {}
         self._visited: set[int] = set()
         self._calls: dict[str, tuple[int, list[Call]]] | None = None
+        self._adding: set[str] = set()
 
     def attempt(self, path: str, call: Call, order: tuple[int, ...]) -> None:
         """Make a region of the module at `path`, or report it as opaque and look into it."""
         module = self.root.get_submodule(path)
-        leaves = Leaves()
+        outer = f"{path}." if path else ""
+        leaves = Leaves(
+            {p.removeprefix(outer): why for p, why in self.asked.items() if p.startswith(outer)}
+        )
         try:
             graph = _graph_of(module, path, call, leaves)
         except TraceError as error:
@@ -206,15 +260,26 @@ class _Walk:
         except Exception:
             return None
 
+    def opaque_with_merges(self) -> frozenset[str]:
+        """Return the opaque modules in whose own code tensors of one shape were added."""
+        if not self.opaque:
+            return frozenset()
+        self._recorded_calls()
+        known = {*self.opaque, *(region.path for region in self.regions)}
+        return frozenset(_innermost(path, known) for path in self._adding) & self.opaque.keys()
+
     def _try_child(self, path: str, order: tuple[int, ...]) -> None:
         self._visited.add(id(self.root.get_submodule(path)))
+        if path in self.asked:
+            self.opaque[path] = self.asked[path]
+            return
         position, calls = self._recorded_calls().get(path, (0, []))
         if not calls:
             # A ModuleList is never called, its elements are.
             if any(name.startswith(path + ".") for name in self._recorded_calls()):
                 self.descend(path, order)
             else:
-                self.opaque[path] = "not executed by the example inputs"
+                self.opaque[path] = NOT_EXECUTED
             return
         first = constants_of(bind(self.root.get_submodule(path), calls[0]))
         for other in calls[1:]:
@@ -230,7 +295,7 @@ class _Walk:
 
     def _recorded_calls(self) -> dict[str, tuple[int, list[Call]]]:
         if self._calls is None:
-            self._calls = _record_calls(self.root, self.call)
+            self._calls, self._adding = record_calls(self.root, self.call)
         return self._calls
 
 
@@ -291,27 +356,8 @@ def _may_hold_blocks(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _record_calls(root: nn.Module, call: Call) -> dict[str, tuple[int, list[Call]]]:
-    """Run `root` once in eval mode; return each module's place in the order, and its calls.
-
-    The run is a real one: an object that is handed from module to module, such as a cache, then
-    holds real tensors, and each module's copy of it is as that module found it.
-    """
-    root = structural_copy(root).eval()
-    fresh = call.map(lambda tensor: tensor.detach().clone())
-    calls: dict[str, tuple[int, list[Call]]] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, (len(calls), []))[1].append(Call(args, kwargs).described())
-
-        return hook
-
-    for name, module in root.named_modules():
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            root(*fresh.args, **fresh.kwargs)
-    except Exception as error:
-        raise refused(root, call, error) from error
-    return calls
+def _innermost(path: str, known: Container[str]) -> str:
+    """Return `path`, or the innermost module around it, that is in `known`; else ""."""
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path

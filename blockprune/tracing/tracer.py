@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import random
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +33,7 @@ from blockprune.errors import TraceError
 from blockprune.tracing.calls import Binding, expect_constant
 from blockprune.tracing.conditions import decided_by_types, expect_condition
 from blockprune.tracing.copying import structural_copy
+from blockprune.tracing.places import line_of
 
 __all__ = ["Event", "Leaves", "Trace", "trace_once"]
 
@@ -340,11 +339,5 @@ def _execution_state() -> tuple[bool, ...]:
 def _describe(error: Exception) -> str:
     """Return why a trace stopped, with the line of the user's code that it stopped at."""
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    message = message.split(". ")[0]
-    torch_home = os.path.join(os.path.dirname(torch.__file__), "")
-    here = os.path.join(os.path.dirname(__file__), "")
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((torch_home, here, "<")):
-            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-            return f"{message} (at {place}: {frame.line})"
-    return message
+    line = line_of(error)
+    return message.split(". ")[0] + (f" (at {line})" if line else "")
