@@ -164,6 +164,21 @@ MinBlocks = Annotated[
         "--min-blocks-per-stage", metavar="N", min=0, help="Residual blocks left in each stage."
     ),
 ]
+PreserveRoot = Annotated[
+    bool,
+    typer.Option(
+        "--preserve-root",
+        help="Keep the class of the root module, and look into its children one by one.",
+    ),
+]
+LeafModules = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Modules not to look into: a class name, or a pattern of qualified names such as "
+        "'*.attn'; may be repeated.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 
@@ -177,6 +192,12 @@ def analyze(
     rejections: Annotated[
         bool, typer.Option("--rejections", help="Also print every merge refused, and why.")
     ] = False,
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="Also print the modules not looked into, and what to do."),
+    ] = False,
+    preserve_root: PreserveRoot = False,
+    leaf_modules: LeafModules = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -186,7 +207,15 @@ def analyze(
     from blockprune.cli.models import ModelSource
 
     source = ModelSource(model, weights, shapes, seed)
-    run(source, granularity.value, with_rejections=rejections, as_json=as_json)
+    run(
+        source,
+        granularity.value,
+        preserve_root=preserve_root,
+        leaf_modules=tuple(leaf_modules or ()),
+        with_rejections=rejections,
+        with_reasons=why,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -207,6 +236,8 @@ def prune(
     data_root: DataRoot = Path("data"),
     weights: Weights = None,
     input_shape: InputShape = None,
+    preserve_root: PreserveRoot = False,
+    leaf_modules: LeafModules = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -227,6 +258,8 @@ def prune(
         protect=tuple(protect or ()),
         min_blocks_per_stage=min_blocks_per_stage,
         seed=seed,
+        preserve_root=preserve_root,
+        leaf_modules=tuple(leaf_modules or ()),
     )
     run(source, recipe, budget, out, force=force, as_json=as_json)
 
@@ -253,6 +286,8 @@ def bench(
     data_root: DataRoot = Path("data"),
     weights: Weights = None,
     input_shape: InputShape = None,
+    preserve_root: PreserveRoot = False,
+    leaf_modules: LeafModules = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -274,6 +309,8 @@ def bench(
         protect=tuple(protect or ()),
         min_blocks_per_stage=min_blocks_per_stage,
         seed=seed,
+        preserve_root=preserve_root,
+        leaf_modules=tuple(leaf_modules or ()),
     )
     run(source, recipe, budgets, batches, repeats, checked, as_json=as_json)
 

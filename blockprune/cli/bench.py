@@ -14,6 +14,7 @@ from blockprune.cli.output import count, print_json, print_line, print_table, sh
 from blockprune.cli.tickets import Recipe, Workbench
 from blockprune.costs import Costs, model_costs
 from blockprune.profiling import Latency, compare_latency
+from blockprune.tracing import tensors_in
 
 __all__ = ["check_device", "run"]
 
@@ -68,9 +69,8 @@ def run(
         as_json: print JSON in place of the table.
     """
     with working(f"Measuring {source.spec} ..."):
-        model = source.build().to(device).eval()
-        inputs = source.inputs(model)
-        bench = Workbench(model, inputs, recipe, budgets)
+        model, inputs = source.load(device)
+        bench = Workbench(model.eval(), inputs, recipe, budgets)
         plans = {f"p={b}": plan for b, plan in zip(budgets, bench.plans, strict=True)}
         networks = {"dense": model, **{label: bench.cut(plan) for label, plan in plans.items()}}
         latencies = compare_latency(networks, inputs, batch_sizes=batches, repeats=repeats)
@@ -83,7 +83,7 @@ def run(
         )
         for label, network in networks.items()
     ]
-    shapes = [list(tensor.shape) for tensor in inputs]
+    shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
     if as_json:
         print_json(_as_json(source.spec, shapes, recipe, device, repeats, rows))
         return

@@ -16,12 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blockprune.errors import MissingExtraError, ModelSpecError, close_names
+from blockprune.errors import MissingExtraError, ModelSpecError, TraceError, close_names
 from blockprune.inputs import infer_example_inputs, random_inputs
+from blockprune.tracing import map_tensors
 
 __all__ = ["ModelSource", "build_model", "load_weights"]
 
 FORMS = "MODEL is torchvision:NAME, timm:NAME, blockprune:NAME or package.module:factory."
+RETURNS = (
+    "A factory returns a torch.nn.Module, or (model, example_inputs) with a Tensor, a tuple of "
+    "arguments or a dict of keywords."
+)
 KEYS_SHOWN = 4
 
 
@@ -34,22 +39,34 @@ class ModelSource:
     shapes: Sequence[tuple[int, ...]]
     seed: int
 
-    def build(self) -> nn.Module:
-        """Build the model, with the weights given or random ones."""
-        model = build_model(self.spec, self.seed)
+    def load(self, device: torch.device | None = None) -> tuple[nn.Module, Any]:
+        """Build the model, with the weights given or random ones, and example inputs for it.
+
+        Args:
+            device: of both; None: as they are made.
+        """
+        model, inputs = build_model(self.spec, self.seed)
         if self.weights is not None:
             load_weights(model, self.weights)
-        return model
+        if device is not None:
+            model, inputs = model.to(device), map_tensors(inputs, lambda t: t.to(device))
+        if self.shapes:
+            inputs = random_inputs(model, self.shapes, seed=self.seed)
+        elif inputs is None:
+            inputs = self._inferred_inputs(model)
+        return model, inputs
 
-    def inputs(self, model: nn.Module, batch_size: int | None = None) -> tuple[Tensor, ...]:
-        """Return random inputs for the model; ``batch_size`` None is that of the shapes, or 1."""
-        if not self.shapes:
-            return infer_example_inputs(model, batch_size=batch_size or 1, seed=self.seed)
-        shapes = [(batch_size or shape[0], *shape[1:]) for shape in self.shapes]
-        return random_inputs(model, shapes, seed=self.seed)
+    def _inferred_inputs(self, model: nn.Module) -> tuple[Tensor, ...]:
+        try:
+            return infer_example_inputs(model, seed=self.seed)
+        except TraceError as error:
+            raise TraceError(
+                f"{error} Here, give --input-shape, or a MODEL package.module:factory that returns "
+                "(model, example_inputs)."
+            ) from error
 
 
-def build_model(spec: str, seed: int) -> nn.Module:
+def build_model(spec: str, seed: int) -> tuple[nn.Module, Any]:
     """Build the model that MODEL names, with random weights drawn from ``seed``.
 
     Args:
@@ -57,6 +74,9 @@ def build_model(spec: str, seed: int) -> nn.Module:
             ``package.module:factory``, a callable without arguments (or a model) that can be
             imported from the current directory.
         seed: of the weights.
+
+    Returns:
+        The model, and the example inputs that a factory gave with it, None if none.
 
     Raises:
         ModelSpecError: the spec names nothing that can be built.
@@ -68,12 +88,25 @@ def build_model(spec: str, seed: int) -> nn.Module:
     origins = {"torchvision": _torchvision, "timm": _timm, "blockprune": _own}
     factory = origins[origin](name) if origin in origins else _imported(origin, name)
     torch.manual_seed(seed)
-    built = factory()
-    if not isinstance(built, nn.Module):
-        raise ModelSpecError(
-            f"{spec} gives a {type(built).__name__}, not a torch.nn.Module. {FORMS}"
-        )
-    return built
+    return _model_and_inputs(spec, factory())
+
+
+def _model_and_inputs(spec: str, built: object) -> tuple[nn.Module, Any]:
+    """Return what a factory gave as a model and example inputs, None if it gave none.
+
+    Raises:
+        ModelSpecError: it is neither a model nor a pair of a model and example inputs.
+    """
+    match built:
+        case nn.Module():
+            return built, None
+        case (nn.Module() as model, Tensor() | tuple() as inputs):
+            return model, inputs
+        case (nn.Module() as model, Mapping() as inputs):
+            # A tokenizer returns a mapping of a class of its own.
+            return model, dict(inputs)
+    found = [type(item).__name__ for item in (built if isinstance(built, tuple) else [built])]
+    raise ModelSpecError(f"{spec} gives {' and '.join(found) or 'nothing'}. {RETURNS}")
 
 
 def _torchvision(name: str) -> Callable[[], object]:

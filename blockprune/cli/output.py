@@ -20,6 +20,7 @@ __all__ = [
     "print_json",
     "print_line",
     "print_table",
+    "print_wrapped",
     "shape_text",
     "working",
     "wrap_name",
@@ -36,14 +37,31 @@ def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def print_line(text: str) -> None:
     """Print one line of text to stdout, as it is."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(text)
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(text)
+
+
+def print_wrapped(text: str, *, label: str = "", indent: int = 0) -> None:
+    """Print text wrapped to the width there is, the lines of it below one another.
+
+    Args:
+        text: what to print.
+        label: stands before the first line.
+        indent: blanks before the label.
+    """
+    first = " " * indent + (f"{label}  " if label else "")
+    lines = textwrap.fill(
+        text,
+        Console().width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_on_hyphens=False,
+    )
+    print_line(lines)
 
 
 def print_detail(text: str) -> None:
     """Print a sentence below what it is about: indented, wrapped to the width there is."""
-    indent = "    "
-    width = Console().width
-    print_line(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+    print_wrapped(text, indent=4)
 
 
 def print_table(
@@ -55,7 +73,7 @@ def print_table(
     longer are broken at their dots. The columns named in ``numeric`` are aligned right and
     never broken.
     """
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
         if header in numeric:

@@ -50,8 +50,7 @@ def run(
         as_json: print JSON in place of tables.
     """
     with working(f"Pruning {source.spec} ..."):
-        model = source.build()
-        inputs = source.inputs(model)
+        model, inputs = source.load()
         bench = Workbench(model, inputs, recipe, [budget])
         [plan] = bench.plans
         ticket = bench.cut(plan)

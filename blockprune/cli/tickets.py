@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.cli.batches import scoring_batch
@@ -16,6 +17,7 @@ from blockprune.errors import close_names
 from blockprune.plan import PruningPlan, make_plan
 from blockprune.scoring import ScoreTable, score_blocks
 from blockprune.surgery import cut_blocks
+from blockprune.tracing import tensors_in
 
 __all__ = ["Recipe", "Workbench"]
 
@@ -31,6 +33,8 @@ class Recipe:
     protect: tuple[str, ...]
     min_blocks_per_stage: int
     seed: int
+    preserve_root: bool
+    leaf_modules: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -53,19 +57,27 @@ class Workbench:
     def __init__(
         self,
         model: nn.Module,
-        inputs: tuple[Tensor, ...],
+        inputs: Any,
         recipe: Recipe,
         budgets: Sequence[int | float],
     ) -> None:
         self.model = model
         self.recipe = recipe
-        self.analysis: BlockAnalysis = find_blocks(model, inputs, granularity=recipe.granularity)
+        self.analysis: BlockAnalysis = find_blocks(
+            model,
+            inputs,
+            recipe.granularity,
+            preserve_root=recipe.preserve_root,
+            leaf_modules=recipe.leaf_modules,
+        )
         for budget in budgets:
             self._plan(None, budget)
         scores = score_blocks(
             model,
             recipe.criterion,
-            scoring_batch(recipe.data, inputs, root=recipe.data_root, seed=recipe.seed),
+            scoring_batch(
+                recipe.data, tuple(tensors_in(inputs)), root=recipe.data_root, seed=recipe.seed
+            ),
             example_inputs=inputs,
             seed=recipe.seed,
             analysis=self.analysis,
@@ -74,7 +86,7 @@ class Workbench:
 
     def cut(self, plan: PruningPlan) -> nn.Module:
         """Cut the ticket of a plan; it is verified against the dense model."""
-        return cut_blocks(self.model, self.analysis, plan)
+        return cut_blocks(self.model, self.analysis, plan, preserve_root=self.recipe.preserve_root)
 
     def _plan(self, scores: ScoreTable | None, budget: int | float) -> PruningPlan:
         return make_plan(

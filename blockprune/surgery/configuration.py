@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,9 @@ def has_configuration(model: nn.Module) -> bool:
     return kind is not None and isinstance(model, kind)
 
 
-def follow_configuration(dense: nn.Module, ticket: nn.Module, gone: Sequence[Removal]) -> bool:
+def follow_configuration(
+    dense: nn.Module, ticket: nn.Module, gone: Sequence[Removal]
+) -> nn.Module | None:
     """Bring the configuration of `ticket`, which is changed, in step with what is left of it.
 
     Args:
@@ -50,31 +53,45 @@ def follow_configuration(dense: nn.Module, ticket: nn.Module, gone: Sequence[Rem
         gone: what was taken out of which list.
 
     Returns:
-        Whether a configuration was found; if not, the ticket is left as it is.
+        The model that its class builds from the new configuration, without memory; or None where
+        none was found, and the ticket is left as it is.
     """
     before = _build(dense, dense.config)
     if before is None or _shapes(before) != _shapes(dense):
-        return False
+        return None
     config, expected = dense.config, _shapes(dense)
     for removal in gone:
         expected = _without(expected, removal)
         found = _matching(dense, config, removal, expected)
         if found is None:
-            return False
+            return None
         config = found
     after = _build(dense, config)
     assert after is not None
     _adopt(ticket, dense, before, after, moved_up(gone))
-    return True
+    return after
 
 
 def _matching(dense: nn.Module, config: Any, removal: Removal, expected: _Shapes) -> Any:
-    for change in _changes(config, removal):
-        candidate = _changed(config, change, removal)
-        built = None if candidate is None else _build(dense, candidate)
-        if built is not None and _shapes(built) == expected:
-            return candidate
+    changes = list(_changes(config, removal))
+    # Entries that follow from another do so as a rule, but may have been set to what they were.
+    for with_derived in (False, True):
+        for change in changes:
+            candidate = _changed(config, change, removal, with_derived)
+            stored = None if candidate is None else _stored(candidate)
+            built = None if stored is None else _build(dense, stored)
+            if built is not None and _shapes(built) == expected:
+                return candidate
     return None
+
+
+def _stored(config: Any) -> Any:
+    """Return a configuration as it would be read from its file, or None where it could not."""
+    try:
+        return type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
+    except Exception:
+        # The class of the configuration says that this does not fit together.
+        return None
 
 
 def _build(dense: nn.Module, config: Any) -> nn.Module | None:
@@ -121,7 +138,7 @@ def _numbers(config: Any, size: int, path: tuple[str, ...]) -> Iterator[_Change]
             yield from _numbers(value, size, (*path, name))
 
 
-def _changed(config: Any, change: _Change, removal: Removal) -> Any:
+def _changed(config: Any, change: _Change, removal: Removal, with_derived: bool) -> Any:
     """Return a copy of `config` with that number, and what goes with it, made smaller."""
     config = copy.deepcopy(config)
     holder = config
@@ -133,7 +150,7 @@ def _changed(config: Any, change: _Change, removal: Removal) -> Any:
     if change.index is not None:
         new = [left if i == change.index else number for i, number in enumerate(old)]
     try:
-        derived = _derived(holder, name, old, new)
+        derived = _derived(holder, name, old, new) if with_derived else {}
         for other, value in list(vars(holder).items()):
             is_per_layer = isinstance(value, list | tuple) and len(value) == removal.size
             if change.index is None and is_per_layer:

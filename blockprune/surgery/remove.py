@@ -11,6 +11,8 @@ from torch import fx, nn
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
 from blockprune.errors import ApproximationWarning, StalePlanError
 from blockprune.plan import PruningPlan
+from blockprune.surgery.caches import fill_cache_slots
+from blockprune.surgery.configuration import has_configuration
 from blockprune.surgery.graph_module import graph_module
 from blockprune.surgery.record import TicketRecord, attach, record_of, translated
 from blockprune.surgery.rewrite import reference_graph, ticket_graph
@@ -143,6 +145,9 @@ def cut_blocks(
             verify=verify,
             renumbered=preserve_root,
         )
+    if has_configuration(form.ticket):
+        reference = form.reference or model
+        fill_cache_slots(form.ticket, reference, analysis.traced.call, verify=verify)
     _warn_of_lost_hooks(model, form.graphs)
     earlier, renamed = record_of(model), form.renamed
     if earlier is not None:

@@ -41,11 +41,13 @@ class Settled:
         ticket: the ticket.
         graphs: region path to graph, of the regions in it that are graphs.
         renamed: for each layer that moved up in its list, its name to the one before.
+        reference: a model of as many layers with nothing cut; None where layers did not go.
     """
 
     ticket: nn.Module
     graphs: dict[str, fx.Graph]
     renamed: dict[str, str]
+    reference: nn.Module | None = None
 
 
 def layers_to_take_out(
@@ -117,7 +119,7 @@ def settle(
             form = _without(model, inside, gone, final, follows, renumbered)
             if form is not None and (not verify or agrees(form)):
                 if final and has_configuration(model) and not follows:
-                    _warn("the configuration could not be brought in step with the layers left")
+                    _warn("the configuration could not be brought in step with the layers left", 6)
                 return form
         return None
 
@@ -129,7 +131,7 @@ def settle(
         found = attempt(gone, covered, final=True) if gone else None
     if found is None:
         if renumbered:
-            _warn(f"pass-throughs stay in the place of layers, since without them {why}")
+            _warn(f"pass-throughs stay in the place of layers, since without them {why}", 5)
         with isolated():
             ticket = assemble(copy_model(model), graphs, graph_module)
         found = Settled(ticket, dict(graphs), {})
@@ -152,13 +154,14 @@ def _without(
         # What is only tried out shares its weights.
         ticket = assemble((copy_model if final else structural_copy)(model), graphs, graph_module)
     take_out(ticket, gone)
-    if follows and not follow_configuration(model, ticket, gone):
+    reference = follow_configuration(model, ticket, gone) if follows else None
+    if follows and reference is None:
         return None
     if not renumbered:
-        return Settled(ticket, graphs, {})
+        return Settled(ticket, graphs, {}, reference)
     renumber(ticket, gone)
-    return Settled(ticket, graphs, moved_up(gone))
+    return Settled(ticket, graphs, moved_up(gone), reference)
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}.", stacklevel=7)
+def _warn(what: str, stacklevel: int) -> None:
+    warnings.warn(f"{what}.", stacklevel=stacklevel)
