@@ -52,7 +52,8 @@ def find_layers(
             if all(_passes_through(p[0], members[path][p], group) for p, group in chosen.items()):
                 exact[path] = tuple(cut.name for group in chosen.values() for cut in group)
         chosen = _outermost(calls)
-        if path not in exact and chosen:
+        # A name means one thing: where it is a branch's, it is not that of a way around it.
+        if path not in exact and path not in cuts and chosen:
             ways = [_bypass(path, p[0], members[path][p], group) for p, group in chosen.items()]
             bypasses[path] = tuple(way for way in ways if way is not None)
             if len(bypasses[path]) < len(ways):
