@@ -35,6 +35,7 @@ from blockprune.tracing import (
     Region,
     TensorFact,
     as_call,
+    copy_of_state,
     isolated,
     map_tensors,
     structural_copy,
@@ -272,7 +273,10 @@ class _NodeCounter:
 
     def _run(self, node: fx.Node) -> _Used:
         values = self.region.values
-        zeros = {n: map_tensors(values[n], _zeros, TensorFact) for n in node.all_input_nodes}
+        zeros = {
+            n: map_tensors(values[n], _zeros, TensorFact, copy_of_state)
+            for n in node.all_input_nodes
+        }
         args, kwargs = fx.map_arg((node.args, node.kwargs), zeros.__getitem__)
         try:
             # map() also thaws the graph's immutable lists, which a function may write into.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from blockprune.cli import main
-from blockprune.cli.output import wrap_name
+from blockprune.cli.output import print_line, wrap_name
 from blockprune.models import resnet20
 from blockprune.scoring import score_blocks
+from blockprune.tracing import trace_model
+from blockprune.tracing.advice import advice
 
 # The command line prints warnings; that it prints the right ones is asserted on stderr.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -114,6 +119,251 @@ def test_a_model_without_blocks_is_analysed(cli: Cli) -> None:
     assert "0 removable blocks" in out
 
 
+STOPS = """
+import random
+import torch
+from torch import nn
+
+class Add(nn.Module):
+    def __init__(self, branch=None):
+        super().__init__()
+        self.branch = branch or nn.Linear(4, 4)
+    def forward(self, x):
+        return x + self.branch(x)
+
+class Positive(Add):
+    def forward(self, x):
+        return x + self.branch(x) if x.sum() > -1e9 else x
+
+class ByRow(nn.Sequential):
+    def forward(self, x):
+        return super().forward(torch.stack([row for row in x]))
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x * random.random()
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = Add(), Add()
+    def forward(self, x):
+        return self.used(x) if x.sum() > -1e9 else self.idle(x)
+
+def whole(): return nn.Sequential(Add(), Add())
+def leaves(): return nn.Sequential(Add(), Positive(), *(Positive() for _ in range(4)))
+def regions(): return ByRow(Add(), nn.Sequential(Add(), Positive()))
+def noisy(): return nn.Sequential(Add(), Noisy())
+def idle(): return Idle()
+def nothing(): return ByRow(nn.Linear(4, 4))
+"""
+
+
+@pytest.fixture
+def stops(tmp_path: Path) -> Iterator[str]:
+    """A module of the current folder with models that stop a trace, each in its own way."""
+    (tmp_path / "it_stops.py").write_text(STOPS)
+    yield "it_stops:"
+    sys.modules.pop("it_stops", None)
+
+
+def _why(cli: Cli, spec: str, *options: object) -> str:
+    """Return what --why prints with each run of blanks as one, once its lines are short enough."""
+    code, out, err = cli("analyze", spec, "--why", *options)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    return " ".join(out.split())
+
+
+def test_why_of_a_model_that_is_traced_whole(cli: Cli, stops: str) -> None:
+    assert "Traced whole: every module that runs was looked into." in _why(cli, f"{stops}whole")
+    found = _json(cli, "analyze", f"{stops}whole")
+    assert found["traced"] == {"as": "whole", "regions": [""]}
+    assert found["leaves"] == []
+
+
+def test_why_groups_leaves_of_one_class_and_reason(cli: Cli, stops: str) -> None:
+    said = _why(cli, f"{stops}leaves")
+    assert "Traced whole, but for 5 modules" in said
+    assert "5 x Positive: 1, 2, 3 and 2 more" in said
+    assert "reason symbolically traced variables cannot be used" in said
+    assert "it_stops.py:15: return x + self.branch(x) if x.sum() > -1e9 else x" in said
+    assert "effect A block may hide here: its own code adds tensors of one shape." in said
+    assert "advice Write the condition on an attribute of the module" in said
+    assert said.count("advice") == 1
+
+
+def test_why_of_a_root_that_is_not_traced(cli: Cli, stops: str) -> None:
+    said = _why(cli, f"{stops}regions")
+    assert "The root was not traced; 2 modules (0, 1) were traced each by itself." in said
+    assert "ByRow: the root" in said
+    assert "Nothing is lost: its own code adds no two tensors of one shape." in said
+    assert "Inside, 2 modules could be traced: 2 blocks found." in said
+    assert "for row in x" in said
+    assert "no module inside was traced" in _why(cli, f"{stops}nothing", "--input-shape", "2,4")
+
+
+def test_why_of_a_part_that_is_not_run(cli: Cli, stops: str) -> None:
+    said = _why(cli, f"{stops}idle")
+    assert "Add: idle reason not executed by the example inputs" in said
+    assert "A block may hide here: nothing in it was run." in said
+    assert "Pass example_inputs (--input-shape) that reach it" in said
+
+
+def test_why_as_json_has_one_entry_for_each_leaf(cli: Cli, stops: str) -> None:
+    found = _json(cli, "analyze", f"{stops}regions", "--why")
+    assert found["traced"] == {"as": "regions", "regions": ["0", "1"]}
+    root, inner = found["leaves"]
+    assert (root["name"], root["class"], root["may_merge"]) == ("", "ByRow", False)
+    assert (inner["name"], inner["class"], inner["may_merge"]) == ("1.1", "Positive", True)
+    assert "condition" in inner["advice"]
+    assert "control flow" in inner["reason"]
+
+
+def test_a_hint_leads_to_why(cli: Cli, stops: str) -> None:
+    assert "--why says which" in cli("analyze", f"{stops}leaves")[1]
+    assert "--why" not in cli("analyze", f"{stops}whole")[1]
+
+
+def test_leaf_modules_keep_a_part_from_stopping_the_rest(cli: Cli, stops: str) -> None:
+    spec = f"{stops}noisy"
+    assert "Or name the module inside that draws in leaf_modules" in _why(cli, spec)
+    said = _why(cli, spec, "--leaf-modules", "Noisy")
+    assert "Traced whole, but for 1 module" in said
+    assert "reason asked for by leaf_modules (Noisy)" in said
+
+
+@pytest.mark.parametrize("command", [("analyze",), ("prune", "-p", 1), ("bench", "-p", 1)])
+def test_a_pattern_of_no_module_is_refused(cli: Cli, command: tuple[object, ...]) -> None:
+    name, *rest = command
+    patterns = ("--leaf-modules", "layer1.*", "--leaf-modules", "BasicBlok")
+    code, out, err = cli(name, RESNET20, *rest, *patterns)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: leaf_modules: 'BasicBlok'")
+    assert "Did you mean BasicBlock?" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_leaf_modules_and_preserve_root_reach_every_command(cli: Cli, tmp_path: Path) -> None:
+    from blockprune import load_ticket
+
+    options = ("--leaf-modules", "layer1.*", "--preserve-root")
+    found = _json(cli, "analyze", RESNET20, *options)
+    assert [block["name"] for block in found["blocks"]] == [
+        "layer2.1",
+        "layer2.2",
+        "layer3.1",
+        "layer3.2",
+    ]
+    assert "" not in found["traced"]["regions"]
+    assert "The root keeps its class, as asked" in _why(cli, RESNET20, "--preserve-root")
+
+    networks = _json(cli, "bench", RESNET20, "-p", "1.0", "-c", "l1", "--repeats", 1, *options)
+    assert len(networks["networks"][1]["removed"]) == 4
+
+    _json(cli, "prune", RESNET20, "-p", 1, "-c", "l1", "--out", "t.safetensors", *options)
+    ticket = load_ticket(resnet20(), tmp_path / "t.safetensors")
+    assert type(ticket) is type(resnet20())
+
+
+class Stopped(nn.Module):
+    """One linear layer, and a forward that is given."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear, x)
+
+
+def _without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x + layer(x)
+
+
+def _in_place(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x).clone()
+    y[0] = 0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda layer, x: layer(x) if x.shape[0] > 1 else x, "attribute of the module"),
+        (lambda layer, x: torch.stack([layer(row) for row in x]), "range(self.n)"),
+        (lambda layer, x: layer(x).reshape(*x.shape), "`a, b, c = x.shape`"),
+        (lambda layer, x: layer(x) * len(x), "range(self.n)"),
+        (lambda layer, x: sum(layer(x) for _ in range(x.shape[0])), "Take the number"),
+        (lambda layer, x: layer(x) * float(x.sum()), "Take the number"),
+        (lambda layer, x: layer(x) + (1 if layer.training else 2), "self.training"),
+        (_without_gradient, "around the call of the model"),
+        (lambda layer, x: layer(x) * torch.from_numpy(np.ones(4, "f")), "register_buffer"),
+        (_in_place, "torch.where"),
+        (lambda layer, x: layer(x) * random.random(), "leaf_modules"),
+        (lambda layer, x: layer(x) * int(f"{x.shape[0]}"), "Take the number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_reason_has_its_advice(forward: Callable[..., Tensor], words: str) -> None:
+    [reason] = trace_model(Stopped(forward), torch.rand(2, 4)).opaque.values()
+    assert words in advice(reason)
+
+
+def test_a_reason_is_not_told_from_the_code_that_it_quotes() -> None:
+    assert advice("something new (at a.py:1: with autocast():)") == advice("something new")
+    assert advice("something new") != advice("changes the grad or autocast mode")
+
+
+POST_NORM = """
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.mix_norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.mlp, self.mlp_norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    def forward(self, x):
+        x = self.mix_norm(x + self.mix(x))
+        return self.mlp_norm(x + self.mlp(x))
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+    def forward(self, x):
+        return x + self.mix(x)
+
+def net(): return nn.Sequential(Layer(), Layer(), Plain())
+"""
+
+
+def test_layers_that_go_as_an_approximation_are_marked(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "post_norm.py").write_text(POST_NORM)
+    spec = "post_norm:net"
+    approx = ("--granularity", "layer_approx")
+    assert [b["exact"] for b in _json(cli, "analyze", spec, *approx)["blocks"]] == [
+        False,
+        False,
+        True,
+    ]
+    code, out, err = cli("analyze", spec, *approx)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    marked = {line.split()[0]: line.split()[-1] for line in lines if line[:1].isdigit()}
+    assert {name: marked[name] for name in "012"} == {"0": "no", "1": "no", "2": "yes"}
+    assert "Where exact is no" in out
+
+    out = cli("analyze", spec, "--granularity", "layer")[1]
+    assert "2 layers can go whole as an approximation only" in " ".join(out.split())
+    assert "--granularity layer_approx" in out
+    assert "exact" not in out
+    assert "approximation" not in cli("analyze", spec)[1]
+
+
 def test_input_shape_sets_the_size(cli: Cli) -> None:
     found = _json(cli, "analyze", RESNET20, "--input-shape", "2,3,16,16")
     assert found["inputs"] == [[2, 3, 16, 16]]
@@ -139,6 +389,96 @@ def test_a_factory_of_the_current_directory(cli: Cli, tmp_path: Path) -> None:
         code, out, err = cli("analyze", f"here_it_is:{attribute}")
         assert (code, out) == (2, "")
         assert message in err
+
+
+PAIRS = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 4), nn.Linear(4, 4)
+    def forward(self, ids, *, scale):
+        x = self.table(ids) * scale
+        return x + self.mix(x)
+
+def by_name(): return Two(), {"ids": torch.tensor([[1, 2]]), "scale": torch.ones(1, 2, 4)}
+def by_place(): return nn.Linear(3, 2), (torch.rand(5, 3),)
+def tensor(): return nn.Linear(3, 2), torch.rand(5, 3)
+def alone(): return Two()
+def a_list(): return Two(), [1, 2]
+def three(): return Two(), {}, 3
+def foreign(): return Two(), {"tokens": torch.tensor([[1, 2]])}
+"""
+
+
+def test_a_factory_may_give_example_inputs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    assert _json(cli, "analyze", "pairs:by_name")["inputs"] == [[1, 2], [1, 2, 4]]
+    assert _json(cli, "analyze", "pairs:by_place")["inputs"] == [[5, 3]]
+    assert _json(cli, "analyze", "pairs:tensor")["inputs"] == [[5, 3]]
+    found = _json(cli, "analyze", "pairs:by_place", "--input-shape", "7,3")
+    assert found["inputs"] == [[7, 3]]
+    options = ("-p", 1, "-c", "l1", "--repeats", 1, "--batch", 3)
+    networks = _json(cli, "bench", "pairs:by_name", *options)["networks"]
+    assert [len(network["removed"]) for network in networks] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("factory", "code", "message"),
+    [
+        ("a_list", 2, "gives a Two and a list. A factory returns a torch.nn.Module, or (model, "),
+        ("three", 2, "gives a Two and a dict and a int. A factory returns"),
+        ("foreign", 1, "does not take the example inputs"),
+        ("alone", 1, "package.module:factory that returns (model, example_inputs)"),
+    ],
+)
+def test_a_factory_that_gives_something_else(
+    cli: Cli, tmp_path: Path, factory: str, code: int, message: str
+) -> None:
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    found, out, err = cli("analyze", f"pairs:{factory}")
+    assert (found, out) == (code, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+LLAMA = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def alone():
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, use_cache=False,
+    ))
+
+def with_inputs():
+    ids = torch.randint(32, (2, 5))
+    return alone(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+"""
+
+
+def test_a_language_model(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "tiny_llama.py").write_text(LLAMA)
+    given = _json(cli, "analyze", "tiny_llama:with_inputs")
+    assert given["inputs"] == [[2, 5], [2, 5]]
+    inferred = _json(cli, "analyze", "tiny_llama:alone", "--input-shape", "2,5")
+    assert inferred["inputs"] == [[2, 5]]
+    for found in (given, inferred):
+        assert [block["name"] for block in found["blocks"]] == [
+            "model.layers.0.self_attn",
+            "model.layers.0.mlp",
+            "model.layers.1.self_attn",
+            "model.layers.1.mlp",
+        ]
+    said = _why(cli, "tiny_llama:with_inputs")
+    assert "2 x LlamaAttention: model.layers.0.self_attn, model.layers.1.self_attn" in said
+    options = ("-p", 1, "-c", "l1", "--granularity", "layer", "--preserve-root")
+    pruned = _json(cli, "prune", "tiny_llama:with_inputs", *options)
+    assert pruned["ticket"]["params"] < pruned["dense"]["params"]
 
 
 @pytest.mark.parametrize(
@@ -429,6 +769,11 @@ def test_version(cli: Cli) -> None:
 def test_no_command_prints_the_help(cli: Cli) -> None:
     _, out, err = cli()
     assert "analyze" in out + err
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_line("lm:llama: [bold] 2 blocks")
+    assert capsys.readouterr().out == "lm:llama: [bold] 2 blocks\n"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def _model_and_inputs(spec: str, built: object) -> tuple[nn.Module, Any]:
         case (nn.Module() as model, Mapping() as inputs):
             # A tokenizer returns a mapping of a class of its own.
             return model, dict(inputs)
-    found = [type(item).__name__ for item in (built if isinstance(built, tuple) else [built])]
+    found = [f"a {type(item).__name__}" for item in (built if type(built) is tuple else [built])]
     raise ModelSpecError(f"{spec} gives {' and '.join(found) or 'nothing'}. {RETURNS}")
 
 

@@ -62,17 +62,20 @@ def leaves_as_json(analysis: BlockAnalysis) -> list[dict[str, Any]]:
 
 def print_why(analysis: BlockAnalysis) -> None:
     """Print how the model was traced, and each kind of leaf with its reason and advice."""
-    leaves = _leaves(analysis)
     print_line("")
     print_wrapped(_how(analysis))
     regions = _blocks_of_regions(analysis)
-    for leaf in _grouped(leaves):
+    given: dict[str, str] = {}
+    for leaf in _grouped(_leaves(analysis)):
         print_line("")
         print_wrapped(_title(leaf))
         print_wrapped(leaf.reason, label="reason", indent=4)
         print_wrapped(_effect(leaf, regions), label="effect", indent=4)
         if leaf.may_hide_blocks or "" in leaf.paths:
-            print_wrapped(advice(leaf.reason), label="advice", indent=4)
+            text = advice(leaf.reason)
+            short = f"As for {given[text]}." if text in given else text
+            given.setdefault(text, leaf.kind)
+            print_wrapped(short, label="advice", indent=4)
 
 
 def _leaves(analysis: BlockAnalysis) -> list[Leaf]:
@@ -110,7 +113,7 @@ def _how(analysis: BlockAnalysis) -> str:
     by_itself = "by itself" if len(inner) == 1 else "each by itself"
     match _traced_as(analysis):
         case "whole":
-            return "Traced whole: every module was looked into."
+            return "Traced whole: every module that runs was looked into."
         case "with_leaves":
             also = f" Inside them, {_listed(inner)} traced {by_itself}." if inner else ""
             return f"Traced whole, but for {leaves} that the trace calls and does not enter.{also}"

@@ -44,7 +44,7 @@ def has_configuration(model: nn.Module) -> bool:
 
 def follow_configuration(
     dense: nn.Module, ticket: nn.Module, gone: Sequence[Removal]
-) -> nn.Module | None:
+) -> tuple[nn.Module, str] | None:
     """Bring the configuration of `ticket`, which is changed, in step with what is left of it.
 
     Args:
@@ -53,8 +53,9 @@ def follow_configuration(
         gone: what was taken out of which list.
 
     Returns:
-        The model that its class builds from the new configuration, without memory; or None where
-        none was found, and the ticket is left as it is.
+        The model that its class builds from the new configuration, without memory, and in words a
+        number that it computes with and the ticket does not, if there is one. None where no such
+        configuration was found, and the ticket is left as it is.
     """
     before = _build(dense, dense.config)
     if before is None or _shapes(before) != _shapes(dense):
@@ -68,8 +69,7 @@ def follow_configuration(
         config = found
     after = _build(dense, config)
     assert after is not None
-    _adopt(ticket, dense, before, after, moved_up(gone))
-    return after
+    return after, _adopt(ticket, dense, before, after, moved_up(gone))
 
 
 def _matching(dense: nn.Module, config: Any, removal: Removal, expected: _Shapes) -> Any:
@@ -184,12 +184,14 @@ def _adopt(
     before: nn.Module,
     after: nn.Module,
     moved: Mapping[str, str],
-) -> None:
+) -> str:
     """Give the modules of `ticket` the configurations and indices that `after` has.
 
     Of plain attributes, only those follow that the dense model has from its configuration, and only
-    indices, flags and names: numbers such as rates are the model's own.
+    indices, flags and names: numbers such as rates and scales are the model's own. Return the first
+    such number that differs, in words.
     """
+    drift = ""
     own, was = dict(dense.named_modules()), dict(before.named_modules())
     now = {translated(name, moved): module for name, module in after.named_modules()}
     for name, module in ticket.named_modules():
@@ -203,3 +205,7 @@ def _adopt(
                 as_built = vars(was[name]).get(attribute)
                 if vars(own[name]).get(attribute) == as_built == vars(module).get(attribute):
                     setattr(module, attribute, value)
+            elif isinstance(value, float) and value != vars(module).get(attribute):
+                kept = vars(module).get(attribute)
+                drift = drift or f"{attribute} of {name!r} is {kept} here and {value} there"
+    return drift

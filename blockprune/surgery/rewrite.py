@@ -28,10 +28,13 @@ __all__ = ["reference_graph", "ticket_graph"]
 def reference_graph(flow: Flow, cuts: Sequence[Cut]) -> fx.Graph:
     """Return the region's graph with the outputs of the cut branches multiplied by zero."""
     graph, twins = copy_graph(flow.region.graph)
-    for cut in cuts:
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for cut in sorted(cuts, key=lambda cut: flow.index[cut.branch.merge]):
         merge, branch = twins[cut.branch.merge], twins[cut.branch.branch]
         if not cut.branch.is_exact:
-            merge.replace_all_uses_with(twins[cut.branch.shortcut], propagate_meta=False)
+            shortcut = cut.branch.shortcut
+            value = stands_for[cut.branch.merge] = stands_for.get(shortcut, twins[shortcut])
+            merge.replace_all_uses_with(value, propagate_meta=False)
             continue
         with graph.inserting_before(merge):
             zeros = graph.call_function(torch.zeros_like, (branch,))

@@ -42,12 +42,14 @@ class Settled:
         graphs: region path to graph, of the regions in it that are graphs.
         renamed: for each layer that moved up in its list, its name to the one before.
         reference: a model of as many layers with nothing cut; None where layers did not go.
+        drift: what a model built from the configuration would compute with another number, if any.
     """
 
     ticket: nn.Module
     graphs: dict[str, fx.Graph]
     renamed: dict[str, str]
     reference: nn.Module | None = None
+    drift: str = ""
 
 
 def layers_to_take_out(
@@ -120,6 +122,8 @@ def settle(
             if form is not None and (not verify or agrees(form)):
                 if final and has_configuration(model) and not follows:
                     _warn("the configuration could not be brought in step with the layers left", 6)
+                if final and form.drift:
+                    _warn(f"a model read from the configuration differs: {form.drift}", 6)
                 return form
         return None
 
@@ -154,13 +158,16 @@ def _without(
         # What is only tried out shares its weights.
         ticket = assemble((copy_model if final else structural_copy)(model), graphs, graph_module)
     take_out(ticket, gone)
-    reference = follow_configuration(model, ticket, gone) if follows else None
-    if follows and reference is None:
-        return None
+    reference, drift = None, ""
+    if follows:
+        followed = follow_configuration(model, ticket, gone)
+        if followed is None:
+            return None
+        reference, drift = followed
     if not renumbered:
-        return Settled(ticket, graphs, {}, reference)
+        return Settled(ticket, graphs, {}, reference, drift)
     renumber(ticket, gone)
-    return Settled(ticket, graphs, moved_up(gone), reference)
+    return Settled(ticket, graphs, moved_up(gone), reference, drift)
 
 
 def _warn(what: str, stacklevel: int) -> None:

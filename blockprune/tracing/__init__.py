@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockprune.tracing.calls import Call, as_call, refused
+from blockprune.tracing.calls import Call, as_call, copy_of_state, refused
 from blockprune.tracing.conditions import expect_condition
 from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
@@ -25,6 +25,7 @@ __all__ = [
     "assemble",
     "copy_graph",
     "copy_model",
+    "copy_of_state",
     "expect_condition",
     "holds_tensor",
     "isolated",

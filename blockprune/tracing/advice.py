@@ -23,7 +23,7 @@ _ADVICE = (
         "the constant as an attribute.",
     ),
     (
-        r"^the code around it looks",
+        r"^its graph does not do what it does",
         "Return from its forward what the code around it collects from the modules inside, with "
         "hooks for instance.",
     ),

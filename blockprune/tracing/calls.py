@@ -30,7 +30,9 @@ __all__ = [
     "as_call",
     "bind",
     "constants_of",
+    "copy_of_state",
     "expect_constant",
+    "is_constant",
     "refused",
 ]
 
@@ -54,7 +56,7 @@ class Call:
 
         Objects that hold state of their own, such as caches, are copied unless told otherwise.
         """
-        other = _copy_of_state if copy_state else _as_it_is
+        other = copy_of_state if copy_state else _as_it_is
         return Call(
             map_tensors(self.args, change, kind, other),
             {name: map_tensors(value, change, kind, other) for name, value in self.kwargs.items()},
@@ -138,13 +140,15 @@ def bind(module: nn.Module, call: Call) -> list[Binding]:
                 value=value,
                 default=parameter.default,
                 given=given.get(name, ""),
-                is_constant=not variadic
-                and _is_plain(value)
-                and not holds_tensor(value)
-                and not holds_tensor(value, TensorFact),
+                is_constant=not variadic and is_constant(value),
             )
         )
     return bindings
+
+
+def is_constant(value: Any) -> bool:
+    """Whether an argument is a plain constant, or a container of nothing else."""
+    return _is_plain(value) and not holds_tensor(value) and not holds_tensor(value, TensorFact)
 
 
 def refused(module: nn.Module, call: Call, error: Exception) -> TraceError:
@@ -169,10 +173,16 @@ def constants_of(bindings: list[Binding]) -> list[tuple[str, Any]]:
         if binding.is_constant:
             fixed.append((binding.name, binding.value))
         elif binding.kind is inspect.Parameter.VAR_POSITIONAL:
-            fixed.append((binding.name, len(binding.value)))
+            fixed.append((binding.name, [_known(value) for value in binding.value]))
         elif binding.kind is inspect.Parameter.VAR_KEYWORD:
-            fixed.append((binding.name, sorted(binding.value)))
+            named = sorted(binding.value.items())
+            fixed.append((binding.name, [(key, _known(value)) for key, value in named]))
     return fixed
+
+
+def _known(value: Any) -> Any:
+    """Return a constant as it is, and one placeholder for whatever is none."""
+    return value if is_constant(value) else ...
 
 
 def expect_constant(name: str, value: Any, expected: Any) -> None:
@@ -204,7 +214,8 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _copy_of_state(value: Any) -> Any:
+def copy_of_state(value: Any) -> Any:
+    """Return a copy of an object that a forward may write into; anything else as it is."""
     if isinstance(value, (*_PLAIN, Tensor, TensorFact, nn.Module)):
         return value
     try:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call, refused
 from blockprune.tracing.copying import structural_copy
-from blockprune.tracing.interpreting import CallInterpreter
+from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
 
 __all__ = ["Facts", "gather_facts"]
@@ -66,7 +66,8 @@ class Facts:
     """Facts of each node.
 
     Attributes:
-        values: what it computes, tensors as `TensorFact`s.
+        values: what it computes, tensors as `TensorFact`s; of an argument that holds state (a
+            cache), that as the call found it.
         storages: the memory that its value lies in.
         written: the memory that it writes into.
         stand_ins: for an item of what a module returns that is None, or an argument of that module
@@ -126,7 +127,16 @@ def _observe(graph: fx.Graph, module: nn.Module, call: Call, facts: Facts, *, tr
         # What holds in one mode only is no fact of the graph.
         if not facts.values or facts.stand_ins.get(node, node) is value
     }
-    facts.values = facts.values or seen.values
+    facts.values = facts.values or _as_found(seen.values, graph, call)
+
+
+def _as_found(values: dict[fx.Node, Any], graph: fx.Graph, call: Call) -> dict[fx.Node, Any]:
+    """Return the values with the arguments as they were: the run has written into its own."""
+    bound = bound_values(graph, call)
+    for node in values:
+        if node.op == "placeholder":
+            values[node] = map_tensors(bound[str(node.target)], TensorFact.of)
+    return values
 
 
 def _run(graph: fx.Graph, module: nn.Module, call: Call, train: bool) -> Facts:

@@ -9,7 +9,7 @@ from torch.fx.immutable_collections import immutable_dict
 
 from blockprune.tracing.calls import Call
 
-__all__ = ["CallInterpreter"]
+__all__ = ["CallInterpreter", "bound_values"]
 
 
 class CallInterpreter(fx.Interpreter):
@@ -17,7 +17,7 @@ class CallInterpreter(fx.Interpreter):
 
     def run_call(self, call: Call) -> Any:
         """Return what the graph returns for this call."""
-        self._bound = _bound_values(self.graph, call)
+        self._bound = bound_values(self.graph, call)
         return self.run(enable_io_processing=False)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
@@ -39,7 +39,8 @@ def _thawed(value: Any) -> Any:
     return value
 
 
-def _bound_values(graph: fx.Graph, call: Call) -> dict[str, Any]:
+def bound_values(graph: fx.Graph, call: Call) -> dict[str, Any]:
+    """Return what each placeholder of `graph` stands for in a call, by its target."""
     positional, keywords = list(call.args), dict(call.kwargs)
     bound: dict[str, Any] = {}
     for node in graph.nodes:

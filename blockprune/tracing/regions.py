@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"
 LeafModules = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 """Modules that are not to be looked into: classes, names of classes, patterns of names."""
 
+_STRAY = "its graph does not do what it does where it is: it looks at types, or is looked into"
 NOT_EXECUTED = "not executed by the example inputs"
 
 _PURE_FUNCTIONS = frozenset({getattr, len, operator.getitem})
@@ -126,6 +127,7 @@ def trace_model(
         else:
             walk.attempt("", call, ())
         walk.give_up_strays()
+        walk.note_unused()
         may_merge = walk.opaque_with_merges()
     regions = sorted(walk.regions, key=lambda region: region.order)
     names = tuple(entry if isinstance(entry, str) else entry.__name__ for entry in leaf_modules)
@@ -230,22 +232,34 @@ class _Walk:
                 self._try_child(".".join(part for part in (path, name) if part), order)
 
     def give_up_strays(self) -> None:
-        """Undo regions that the code around them does not take for the modules they were.
+        """Undo regions whose graph, in the place of the module, changes what the model computes.
 
-        A model may look into a module while it runs: with hooks that collect what the layers
-        inside return, say. Children of such a region are tried instead.
+        A forward may ask for the type of what is a proxy in a trace, and a model may look into a
+        module while it runs, with hooks that collect what the layers inside return. Children of
+        such a region are tried instead.
         """
-        inner = [region for region in self.regions if region.path]
-        if not inner:
-            return
         expected = self._output([])
-        while inner and not _agree(self._output(inner), expected):
-            strays = [r for r in inner if not _agree(self._output([r]), expected)] or inner
+        while self.regions and not _agree(self._output(self.regions), expected):
+            strays = [r for r in self.regions if not _agree(self._output([r]), expected)]
+            strays = strays or self.regions
             self.regions = [region for region in self.regions if region not in strays]
             for region in strays:
-                self.opaque[region.path] = "the code around it looks at what happens inside"
+                self.opaque[region.path] = _STRAY
                 self.descend(region.path, region.order)
-            inner = [region for region in self.regions if region.path]
+
+    def note_unused(self) -> None:
+        """Report modules that no region and no opaque module reads, and that could hold blocks."""
+        read = set(self.opaque)
+        for region in self.regions:
+            for node in region.graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    read.add(region.qualified(str(node.target)))
+        around_read = {outer for path in read for outer in _outwards(path)}
+        for path, module in self.root.named_modules():
+            is_read = path in around_read or any(outer in read for outer in _outwards(path))
+            if path and not is_read and _may_hold_blocks(module):
+                self.opaque[path] = NOT_EXECUTED
+                read.add(path)
 
     def _output(self, regions: list[Region]) -> list[Tensor] | None:
         """Return the tensors that the model returns with graphs in these places, None if none."""
@@ -354,6 +368,13 @@ def _may_hold_blocks(module: nn.Module) -> bool:
     ):
         return False
     return next(module.parameters(), None) is not None
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """Yield `path` and the names of the modules around it, the root left out."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _innermost(path: str, known: Container[str]) -> str:

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from blockprune.errors import TraceError
-from blockprune.tracing.calls import Binding, expect_constant
+from blockprune.tracing.calls import Binding, expect_constant, is_constant
 from blockprune.tracing.conditions import decided_by_types, expect_condition
 from blockprune.tracing.copying import structural_copy
 from blockprune.tracing.places import line_of
@@ -157,9 +157,14 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves.paths or type(m) in self.leaves.classes:
             return True
-        if isinstance(m, fx.GraphModule) or parametrize.is_parametrized(m):
+        if isinstance(m, fx.GraphModule):
             return True
-        if not type(m).__module__.startswith(("torch.nn", "torch.ao")):
+        is_of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao"))
+        if parametrize.is_parametrized(m):
+            if not is_of_torch:
+                self.leaves.paths[module_qualified_name] = "its weights are parametrized"
+            return True
+        if not is_of_torch:
             return False
         # A torch.nn class that only arranges others (Sequential, TransformerEncoderLayer) is
         # looked into; one with weights of its own (Conv2d, MultiheadAttention) is one operation.
@@ -276,11 +281,13 @@ class _Tracer(fx.Tracer):
             with_default = with_default or binding.default is not inspect.Parameter.empty
             if binding.kind is inspect.Parameter.VAR_POSITIONAL:
                 proxy: Any = self.create_proxy("placeholder", f"*{binding.name}", (), {})
-                positional.extend(proxy[index] for index in range(len(binding.value)))
+                values = enumerate(binding.value)
+                positional.extend(self._item(proxy, index, value) for index, value in values)
                 self._guard(f"len(*{binding.name})", self._length(proxy), len(binding.value))
             elif binding.kind is inspect.Parameter.VAR_KEYWORD:
                 proxy = self.create_proxy("placeholder", f"**{binding.name}", (), {})
-                keywords.update({key: proxy[key] for key in binding.value})
+                values = binding.value.items()
+                keywords.update({key: self._item(proxy, key, value) for key, value in values})
                 self._guard(f"len(**{binding.name})", self._length(proxy), len(binding.value))
             else:
                 if with_default and binding.default is inspect.Parameter.empty:
@@ -305,6 +312,13 @@ class _Tracer(fx.Tracer):
             return proxy
         self._guard(binding.name, proxy, binding.value)
         return binding.value
+
+    def _item(self, proxy: Any, key: Any, value: Any) -> Any:
+        """Return one of the arguments in `*args` or `**kwargs`."""
+        if not is_constant(value):
+            return proxy[key]
+        self._guard(str(key), proxy[key], value)
+        return value
 
     def _length(self, proxy: Any) -> fx.Proxy:
         return self.create_proxy("call_function", len, (proxy,), {})

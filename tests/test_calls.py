@@ -1,0 +1,359 @@
+"""Layers as code around them calls them: with caches, flags, None, and more than one output.
+
+None of these models traces as a whole: their root decides something from its input, as the
+models of a library do that builds masks. Their layers are looked into one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import blockprune
+from tests import oracle
+
+D = 8
+
+
+class Memory:
+    """A cache: an object that each layer reads, and writes into."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def update(self, value: Tensor, slot: int) -> Tensor:
+        while len(self.seen) <= slot:
+            self.seen.append(value[:, :0])
+        self.seen[slot] = torch.cat([self.seen[slot], value], dim=1)
+        return self.seen[slot]
+
+
+class Attention(nn.Module):
+    """Attention whose forward no symbolic trace can follow, with a side output or two."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__()
+        self.slot = slot
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        bias: Tensor | None = None,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        if memory is not None:
+            key = memory.update(key, 2 * self.slot)
+            value = memory.update(value, 2 * self.slot + 1)
+        weights = query @ key.transpose(1, 2)
+        if float(x.shape[1]) > 100:
+            raise ValueError("too long")
+        if bias is not None:
+            weights = weights + bias
+        if mask is not None:
+            weights = weights + mask
+        weights = F.dropout(weights.softmax(-1), 0.2, self.training)
+        return self.out(weights @ value), bias, weights if with_weights else None
+
+
+class Layer(nn.Module):
+    """A pre-norm layer that hands its arguments on."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(D), Attention(slot)
+        self.norm2 = nn.LayerNorm(D)
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        bias: Tensor | None = None,
+        use_memory: bool = False,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        mixed, bias, weights = self.attention(
+            self.norm1(x), mask, memory=memory, bias=bias, with_weights=with_weights
+        )
+        x = x + mixed
+        if x.dtype == torch.float16:
+            x = x.clamp(-60000, 60000)
+        return x + self.mlp(self.norm2(x)), bias, weights
+
+
+class Model(nn.Module):
+    """A stack of layers in a root that builds a mask and a cache."""
+
+    def __init__(self, *, weights: bool = False, remembers: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(slot) for slot in range(3))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.weights, self.remembers = weights, remembers
+
+    def forward(self, x: Tensor, masked: bool = False, use_memory: bool = True) -> Tensor:
+        if float(x.abs().max()) == 0:
+            raise ValueError("no data")
+        mask = torch.zeros(x.shape[1], x.shape[1]) if masked else None
+        memory = Memory() if self.remembers else None
+        total = x.new_zeros(())
+        for layer in self.layers:
+            x, _, weights = layer(
+                x,
+                mask,
+                memory=memory,
+                bias=self.bias,
+                use_memory=use_memory,
+                with_weights=self.weights,
+            )
+            if weights is not None:
+                total = total + weights.sum()
+        return x + total
+
+
+def tokens(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 5, D, generator=torch.Generator().manual_seed(batch))
+
+
+def without(model: Model, *names: str) -> Model:
+    """Return the model with the named modules' first output zeroed by a hook."""
+
+    def zero(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    model = copy.deepcopy(model)
+    for name in names:
+        model.get_submodule(name).register_forward_hook(zero)
+    return model
+
+
+def agree(ticket: nn.Module, reference: nn.Module, *inputs: Any) -> None:
+    """Compare outputs and gradients in both modes; draws are fixed by operation and shape."""
+    for train in (False, True):
+        found = oracle.outcome(ticket, inputs, train=train)
+        wanted = oracle.outcome(reference, inputs, train=train)
+        assert not oracle.disagreements(found, wanted)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def test_branches_of_layers_that_share_a_cache_are_found_and_cut(model: Model) -> None:
+    analysis = blockprune.find_blocks(model, tokens())
+    assert analysis.names == tuple(
+        f"layers.{i}.{part}" for i in range(3) for part in ("attention", "mlp")
+    )
+    ticket = blockprune.remove_blocks(model, ["layers.1.attention", "layers.2.mlp"], tokens())
+    for batch in (1, 2, 3):
+        agree(ticket, without(model, "layers.1.attention", "layers.2.mlp"), tokens(batch))
+
+
+def test_a_cache_given_as_an_argument_is_not_written_into(model: Model) -> None:
+    memory = Memory()
+    x = tokens()
+    blockprune.remove_blocks(model.layers[0], "attention", (x, None, memory))
+    assert memory.seen == []
+
+
+def test_arguments_that_are_handed_on_stay_arguments(model: Model) -> None:
+    # Cut with no mask and the flag on; called with a mask and the flag off.
+    ticket = blockprune.remove_blocks(model, "layers.1.mlp", tokens())
+    agree(ticket, without(model, "layers.1.mlp"), tokens(), True, False)
+
+
+class LooksAtItsMask(Layer):
+    def forward(self, x: Tensor, mask: Tensor | None = None, **rest: Any) -> Any:
+        if isinstance(mask, Tensor):
+            x = x * 2
+        return super().forward(x, mask, **rest)
+
+
+class LooksAtItsRank(Layer):
+    def forward(self, x: Tensor, mask: Tensor | None = None, **rest: Any) -> Any:
+        if mask is not None and mask.dim() == 2:
+            mask = mask.unsqueeze(0) * 3
+        return super().forward(x, mask, **rest)
+
+
+class LooksAtItsFlag(Layer):
+    def forward(self, x: Tensor, mask: Tensor | None = None, **rest: Any) -> Any:
+        return super().forward(x * 2 if rest["use_memory"] is True else x, mask, **rest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(LooksAtItsMask, (True,)), (LooksAtItsRank, (True,)), (LooksAtItsFlag, (False, False))],
+)
+def test_an_argument_that_the_forward_looks_at_is_bound(
+    model: Model, kind: type[Layer], arguments: tuple[Any, ...]
+) -> None:
+    model.layers[1] = kind(1)
+    ticket = blockprune.remove_blocks(model, "layers.1.mlp", tokens())
+    agree(ticket, without(model, "layers.1.mlp"), tokens())
+    with pytest.raises(blockprune.TraceError, match="only knows that case"):
+        ticket(tokens(), *arguments)
+
+
+def test_a_side_output_that_someone_reads_keeps_its_branch() -> None:
+    torch.manual_seed(0)
+    model = Model(weights=True)
+    analysis = blockprune.find_blocks(model, tokens())
+    assert analysis.names == tuple(f"layers.{i}" for i in range(3))
+    assert all(".mlp." in name for name in analysis.blocks[0].parameters if "norm" not in name)
+    escaped = [r for r in analysis.rejections if r.reason == "branch_escapes"]
+    assert [r.name for r in escaped] == [f"layers.{i}" for i in range(3)]
+
+
+def test_a_condition_on_a_dtype_is_decided_and_guarded() -> None:
+    torch.manual_seed(0)
+    layer = Layer(0)
+    inputs = {"x": tokens(), "mask": None}
+    ticket = blockprune.remove_blocks(layer, "mlp", inputs)
+    agree(ticket, without(layer, "mlp"), tokens())
+    assert ticket.bfloat16()(tokens().bfloat16())[0].dtype == torch.bfloat16
+    with pytest.raises(blockprune.TraceError, match=r"dtype == torch\.float16' is False"):
+        ticket.half()(tokens().half())
+
+
+class Marks(nn.Module):
+    """Writes into an output object of a module it called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Layer(0), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = _Result(self.inner(x)[0])
+        result.value = self.head(result.value)
+        return result.value
+
+
+class _Result:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_an_object_that_a_forward_makes_and_changes_is_followed() -> None:
+    torch.manual_seed(0)
+    model = Marks()
+    ticket = blockprune.remove_blocks(model, "inner.mlp", tokens())
+    agree(ticket, without(model, "inner.mlp"), tokens())
+
+
+class Changes(nn.Module):
+    """Sets an attribute of what an opaque module returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.layer, self.head = Boxes(), Layer(0), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        box = self.inner(x)
+        box.value = self.head(box.value)
+        return self.layer(box.value)[0] + self.inner.total(box)
+
+
+class Boxes(nn.Module):
+    def forward(self, x: Tensor) -> _Result:
+        return _Result(x * float(x.abs().max() > 0))
+
+    def total(self, box: _Result) -> Tensor:
+        return box.value.sum()
+
+
+def test_an_attribute_set_on_an_output_stops_the_trace_and_is_not_lost() -> None:
+    torch.manual_seed(0)
+    model = Changes()
+    analysis = blockprune.find_blocks(model, tokens())
+    assert "sets the attribute 'value'" in analysis.traced.opaque[""]
+    ticket = blockprune.remove_blocks(model, "layer.mlp", tokens())
+    agree(ticket, without(model, "layer.mlp"), tokens())
+
+
+class Watched(nn.Module):
+    """Collects what its layers return with hooks on their class, as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Sequential(Plain(), Plain(), Plain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda module, args, output: seen.append(output))
+            for layer in self.stack.modules()
+            if type(layer) is Plain
+        ]
+        try:
+            x = self.stack(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return x + 2 * seen[0]
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x).relu()
+
+
+def test_a_region_that_the_code_around_it_watches_is_given_up() -> None:
+    torch.manual_seed(0)
+    model = Watched()
+    analysis = blockprune.find_blocks(model, tokens(), preserve_root=True)
+    assert "looked into" in analysis.traced.opaque["stack"]
+    assert [region.path for region in analysis.traced.regions] != ["stack"]
+
+
+def test_named_modules_are_called_and_not_looked_into(model: Model) -> None:
+    for asked in ("layers.1", Layer, "Layer", ["layers.[12]", "layers.0"]):
+        analysis = blockprune.find_blocks(model, tokens(), leaf_modules=asked)
+        assert not any(name.startswith("layers.1.") for name in analysis.names)
+        assert "asked for by leaf_modules" in analysis.traced.opaque["layers.1"]
+    with pytest.raises(blockprune.TraceError, match="Did you mean"):
+        blockprune.find_blocks(model, tokens(), leaf_modules="layer.1")
+
+
+def test_a_model_that_does_not_run_says_where(model: Model) -> None:
+    with pytest.raises(
+        blockprune.TraceError, match=r"in module 'layers\.0\.norm1' at test_calls\.py:\d+:"
+    ):
+        blockprune.find_blocks(model, torch.rand(2, 5, D + 1))
+
+
+def test_prune_says_what_stopped_it_where_nothing_was_found(model: Model) -> None:
+    with pytest.raises(blockprune.InfeasibleBudgetError, match="leaf_modules") as caught:
+        blockprune.prune(model, "l1", 1, example_inputs=tokens(), leaf_modules=Layer)
+    assert "layers.0" in str(caught.value)
+
+
+class Unreached(Model):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        first = self.layers[0](x)[0]
+        return first if float(first.abs().max()) >= 0 else self.layers[1](first)[0]
+
+
+def test_what_the_example_does_not_reach_is_reported_and_not_guessed() -> None:
+    torch.manual_seed(0)
+    analysis = blockprune.find_blocks(Unreached(), tokens())
+    assert analysis.names == ("layers.0.attention", "layers.0.mlp")
+    unreached = [r.name for r in analysis.rejections if "not executed" in r.detail]
+    assert unreached == ["layers.1", "layers.2"]
