@@ -173,6 +173,62 @@ def test_a_layer_that_reshapes_and_restores_its_stream_is_a_layer() -> None:
     agree(blockprune.remove_blocks(model, "layers.0", tokens()), bypassing(model, "layers.0"))
 
 
+class Around(nn.Module):
+    """A layer with an add of its own around a sub-layer that does another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mlp = Mix(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + self.mlp(x)
+
+
+def test_a_name_shared_by_a_branch_and_a_layer_means_the_block_asked_for() -> None:
+    model = built(Around, Around)
+    branches = blockprune.find_blocks(model, tokens())
+    assert branches.names == ("layers.0.inner", "layers.0", "layers.1.inner", "layers.1")
+    ticket = blockprune.remove_blocks(model, "layers.1", tokens())
+    lost = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ticket.parameters())
+    assert lost == branches.block("layers.1").params == D * D + D
+    layers = blockprune.find_blocks(model, tokens(), granularity="layer")
+    assert layers.names == ("layers.0", "layers.1")
+    plan = blockprune.make_plan(layers, {"layers.0": 1.0, "layers.1": 0.0}, p=1)
+    agree(blockprune.remove_blocks(model, plan, tokens()), bypassing(model, "layers.1"))
+
+
+class Hidden(nn.Module):
+    """A branch in a module that no trace can follow, with a branch inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Mix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) if float(x.abs().max()) >= 0 else x
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = Hidden()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.hidden(x)
+
+
+def test_a_branch_counts_what_lies_in_regions_inside_it() -> None:
+    model = built(Outside, Outside)
+    analysis = blockprune.find_blocks(model, tokens())
+    outer = analysis.block("layers.1")
+    assert outer.contains == ("layers.1.hidden.inside",)
+    assert outer.params == sum(p.numel() for p in model.layers[1].parameters())
+    ticket = blockprune.remove_blocks(model, "layers.1", tokens())
+    agree(ticket, bypassing(model, "layers.1"))
+    assert blockprune.prune(model, "l1", 2, example_inputs=tokens()) is not None
+
+
 # --- post-norm layers ---------------------------------------------------------------------------
 
 

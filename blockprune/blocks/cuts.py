@@ -7,7 +7,7 @@ surgery share one answer to what goes when a set of branches goes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
@@ -42,7 +42,9 @@ class Cuts:
         branches: Mapping[str, Cut],
         layers: Mapping[str, tuple[str, ...]],
         bypasses: Mapping[str, tuple[Cut, ...]],
+        flows: Sequence[Flow] = (),
     ) -> None:
+        self._flows = tuple(flows)
         self.branches = dict(branches)
         self.layers = dict(layers)
         self.bypasses = dict(bypasses)
@@ -51,18 +53,33 @@ class Cuts:
             self._by_region.setdefault(cut.flow.region.path, []).append(cut)
         self._by_merge = {cut.branch.merge: cut for cut in self.branches.values()}
 
-    def of_blocks(self, names: Iterable[str]) -> list[Cut]:
-        """Return the cuts that remove these blocks, without those that lie in another of them."""
-        wanted = [
-            cut
-            for name in dict.fromkeys(names)
-            for cut in self.bypasses.get(name)
-            or [self.branches[part] for part in self.layers.get(name, (name,))]
-        ]
+    def of_blocks(self, names: Iterable[str], granularity: str) -> list[Cut]:
+        """Return the cuts that remove these blocks, without those that lie in another of them.
+
+        A name that a branch and a layer share means the one that is a block of `granularity`.
+        """
+        wanted = [cut for name in dict.fromkeys(names) for cut in self._parts(name, granularity)]
         gone = {name for cut in wanted for name in self.nested_in(cut)}
         kept = [cut for cut in dict.fromkeys(wanted) if cut.name not in gone]
         return sorted(
             kept, key=lambda cut: (cut.flow.region.order, cut.flow.index[cut.branch.merge])
+        )
+
+    def _parts(self, name: str, granularity: str) -> Sequence[Cut]:
+        if name in self.bypasses:
+            return self.bypasses[name]
+        if name in self.layers and (granularity != "branch" or name not in self.branches):
+            return [self.branches[part] for part in self.layers[name]]
+        return [self.branches[name]]
+
+    def inner_nodes(self, cuts: Iterable[Cut]) -> frozenset[fx.Node]:
+        """Return what goes in regions of their own, inside modules that only these cuts call."""
+        gone = [path for cut in cuts for path in cut.flow.modules_gone(cut.dead)]
+        return frozenset(
+            node
+            for flow in self._flows
+            if any(_lies_in(flow.region.path, path) for path in gone)
+            for node in flow.nodes
         )
 
     def nested_in(self, outer: Cut) -> list[str]:
@@ -74,7 +91,7 @@ class Cuts:
         inner = [by_merge[node] for node in outer.dead if node in by_merge]
         for path in outer.flow.modules_gone(outer.dead):
             for region, cuts in self._by_region.items():
-                if region == path or region.startswith(path + "."):
+                if _lies_in(region, path):
                     inner += cuts
         return [cut.name for cut in inner if cut is not outer]
 
@@ -91,6 +108,10 @@ class Cuts:
             flow.region.path: frozenset(flow.dead_without(replaced))
             for flow, replaced in self.replacements(cuts).items()
         }
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
 
 
 def replacements_in(flow: Flow, branches: Iterable[Branch]) -> dict[fx.Node, fx.Node]:

@@ -88,7 +88,7 @@ def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:
     flows = [Flow(region) for region in traced.regions]
     branches, refusals = _examine_all(flows)
     branch_cuts = _name_cuts(branches)
-    cuts = Cuts(branch_cuts, *find_layers(branch_cuts))
+    cuts = Cuts(branch_cuts, *find_layers(branch_cuts), flows)
     rejections = [*_rejections(refusals), *_opaque(traced)]
     blocks = _blocks(cuts, granularity, ParameterReaders(traced, flows))
     stages = _stages(blocks, rejections)
@@ -165,7 +165,7 @@ def _blocks(cuts: Cuts, granularity: Granularity, readers: ParameterReaders) -> 
     for name, branches in parts.items():
         is_exact = name not in layers or name in cuts.layers
         chosen = [cuts.branches[part] for part in branches] if is_exact else [*cuts.bypasses[name]]
-        dead = frozenset().union(*cuts.dead_nodes(chosen).values())
+        dead = cuts.inner_nodes(chosen).union(*cuts.dead_nodes(chosen).values())
         nested = {inner for cut in chosen for inner in cuts.nested_in(cut)}
         goes = dict.fromkeys(
             block_of[inner]

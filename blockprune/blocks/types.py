@@ -152,7 +152,7 @@ class BlockAnalysis:
         """Return, for each region path, the graph nodes that die when these blocks go."""
         for name in (names := list(names)):
             self.block(name)
-        return self.cuts.dead_nodes(self.cuts.of_blocks(names))
+        return self.cuts.dead_nodes(self.cuts.of_blocks(names, self.granularity))
 
     def to_json(self) -> dict[str, Any]:
         """Return the analysis as plain values for a JSON file."""

@@ -164,6 +164,6 @@ def _blocks_of_regions(analysis: BlockAnalysis) -> dict[str, set[str]]:
     """Return, for each region, the names of the blocks in it."""
     found: dict[str, set[str]] = {region.path: set() for region in analysis.traced.regions}
     for block in analysis.blocks:
-        for cut in analysis.cuts.of_blocks([block.name]):
+        for cut in analysis.cuts.of_blocks([block.name], analysis.granularity):
             found[cut.flow.region.path].add(block.name)
     return found

@@ -23,6 +23,7 @@ class TicketRecord:
         plan: everything removed from the dense model, under the dense model's names.
         call: the example inputs, each tensor as a `TensorFact`.
         preserve_root: whether the root's class was kept on purpose.
+        removed: names of all branches that went, and of layers bypassed.
         leaf_modules: names and patterns of modules that were not to be looked into.
         verified: the modes in which the ticket was proved equal to its reference.
         renamed: for each layer that moved up in its list, its name to that in the dense model.
@@ -31,6 +32,7 @@ class TicketRecord:
     plan: PruningPlan
     call: Call
     preserve_root: bool
+    removed: tuple[str, ...]
     leaf_modules: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)

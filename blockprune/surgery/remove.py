@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -149,54 +150,67 @@ def cut_blocks(
         reference = form.reference or model
         fill_cache_slots(form.ticket, reference, analysis.traced.call, verify=verify)
     _warn_of_lost_hooks(model, form.graphs)
-    earlier, renamed = record_of(model), form.renamed
-    if earlier is not None:
-        plan, renamed = _after(earlier, plan, renamed)
-    call = earlier.call if earlier is not None else analysis.traced.call.described()
-    asked = analysis.traced.leaf_modules
-    record = TicketRecord(plan, call, preserve_root, asked, verified, renamed)
-    attach(form.ticket, record)
+    record = TicketRecord(
+        plan=plan,
+        call=analysis.traced.call.described(),
+        preserve_root=preserve_root,
+        removed=_removed(analysis, cuts),
+        leaf_modules=analysis.traced.leaf_modules,
+        verified=verified,
+        renamed=form.renamed,
+    )
+    earlier = record_of(model)
+    attach(form.ticket, record if earlier is None else _after(earlier, plan, record))
     return form.ticket
 
 
-def _after(
-    earlier: TicketRecord, plan: PruningPlan, renamed: dict[str, str]
-) -> tuple[PruningPlan, dict[str, str]]:
-    """Return everything removed from the dense model, and the names, under the dense names."""
+def _after(earlier: TicketRecord, plan: PruningPlan, record: TicketRecord) -> TicketRecord:
+    """Return the record of a ticket cut again: all that went, and names, as in the dense model."""
+    removed = tuple(translated(name, earlier.renamed) for name in record.removed)
     is_approximate = "layer_approx" in (earlier.plan.granularity, plan.granularity)
-    now = tuple(translated(name, earlier.renamed) for name in plan.remove)
-    together = plan.model_copy(
-        update={
-            "remove": (*earlier.plan.remove, *now),
-            "granularity": "layer_approx" if is_approximate else plan.granularity,
-            "fingerprint": earlier.plan.fingerprint,
-            # Two rankings of two models are no ranking of one.
-            "criterion": None,
-            "scores": {},
-            "p": None,
-        }
+    together = PruningPlan(
+        remove=(*earlier.removed, *removed),
+        granularity="layer_approx" if is_approximate else "branch",
+        # Two rankings of two models are no ranking of one.
+        criterion=None,
+        scores={},
+        p=None,
+        fingerprint=earlier.plan.fingerprint,
     )
-    moved = {new: translated(old, earlier.renamed) for new, old in renamed.items()}
-    return together, {**earlier.renamed, **moved}
+    moved = {new: translated(old, earlier.renamed) for new, old in record.renamed.items()}
+    return dataclasses.replace(
+        record,
+        plan=together,
+        call=earlier.call,
+        removed=together.remove,
+        renamed={**earlier.renamed, **moved},
+    )
 
 
 def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
     """Return the plan that removes these blocks and those nested in them."""
     cuts = _resolve(analysis, names, analysis.granularity)
-    bypassed = {cut.name for cut in cuts if not cut.branch.is_exact}
-    inner = {
-        name for cut in cuts if not cut.branch.is_exact for name in analysis.cuts.nested_in(cut)
-    }
-    gone = {cut.name for cut in cuts}.union(*(analysis.cuts.nested_in(cut) for cut in cuts))
-    exact = [name for name in analysis.cuts.branches if name in gone - bypassed - inner]
     return PruningPlan(
-        remove=(*exact, *(name for name in analysis.cuts.bypasses if name in bypassed)),
-        granularity="layer_approx" if bypassed else "branch",
+        remove=_removed(analysis, cuts),
+        granularity=_granularity_of(cuts),
         criterion=None,
         scores={},
         p=None,
         fingerprint=analysis.fingerprint,
     )
+
+
+def _removed(analysis: BlockAnalysis, cuts: Iterable[Cut]) -> tuple[str, ...]:
+    """Return the branches that go with `cuts`, nested ones too, and the layers bypassed."""
+    exact = [cut for cut in cuts if cut.branch.is_exact]
+    bypassed = {cut.name for cut in cuts if not cut.branch.is_exact}
+    gone = {cut.name for cut in exact}.union(*(analysis.cuts.nested_in(cut) for cut in exact))
+    branches = [name for name in analysis.cuts.branches if name in gone]
+    return (*branches, *(name for name in analysis.cuts.bypasses if name in bypassed))
+
+
+def _granularity_of(cuts: Iterable[Cut]) -> Literal["branch", "layer_approx"]:
+    return "branch" if all(cut.branch.is_exact for cut in cuts) else "layer_approx"
 
 
 def _resolve(analysis: BlockAnalysis, names: Iterable[str], granularity: str) -> list[Cut]:
@@ -206,7 +220,7 @@ def _resolve(analysis: BlockAnalysis, names: Iterable[str], granularity: str) ->
     for name in (names := list(names)):
         if name not in known:
             analysis.block(name)
-    return analysis.cuts.of_blocks(names)
+    return analysis.cuts.of_blocks(names, granularity)
 
 
 def _warn_of_approximation(cuts: Iterable[Cut]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -67,6 +68,9 @@ def isolated() -> Iterator[None]:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # It logs a traceback for an operation that is then run on real tensors.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
     try:
         with (
             preserved_rng(),
@@ -75,6 +79,7 @@ def isolated() -> Iterator[None]:
         ):
             yield
     finally:
+        log.disabled = was_disabled
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

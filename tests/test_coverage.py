@@ -1,0 +1,271 @@
+"""A slice of what `benchmarks/zoo_coverage.py` does to whole libraries, and tests of its parts.
+
+The counts are known from the architectures, and are written as the sums they come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import blockprune
+from benchmarks._coverage.document import document
+from benchmarks._coverage.oracle import Cut, Oracle
+from benchmarks._coverage.progress import Progress
+from benchmarks._coverage.study import Row, study, verdict_of
+from benchmarks._coverage.waking import wake
+from blockprune.models import resnet20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a library, and its truth."""
+
+    library: str
+    name: str
+    branches: int
+    layers: int
+
+
+CASES = (
+    # Every block but the first of a stage that changes width or stride.
+    Case("torchvision", "resnet18", 2 + 1 + 1 + 1, 2 + 1 + 1 + 1),
+    Case("torchvision", "quantized_resnet18", 2 + 1 + 1 + 1, 2 + 1 + 1 + 1),
+    Case("torchvision", "mobilenet_v2", 1 + 2 + 3 + 2 + 2, 10),
+    Case("torchvision", "mobilenet_v3_small", 1 + 2 + 1 + 2, 6),
+    Case("torchvision", "mnasnet0_5", 2 + 2 + 2 + 1 + 3, 10),
+    Case("torchvision", "regnet_y_400mf", 2 + 5 + 5, 12),
+    Case("torchvision", "lraspp_mobilenet_v3_large", 1 + 1 + 2 + 3 + 1 + 2, 10),
+    Case("torchvision", "fasterrcnn_mobilenet_v3_large_320_fpn", 1 + 1 + 2 + 3 + 1 + 2, 10),
+    # Attention and MLP: two branches a layer.
+    Case("timm", "test_vit", 2 * 6, 6),
+    Case("timm", "test_resnet", 1, 1),
+    Case("timm", "test_convnext", 1 + 2 + 4 + 2, 9),
+    Case("timm", "test_mambaout", 1 + 1 + 3 + 1, 6),
+    Case("timm", "convnext_atto", 2 + 2 + 6 + 2, 12),
+    Case("timm", "mobilenetv3_small_050", 1 + 2 + 1 + 2 + 1, 7),
+    Case("timm", "regnetx_002", 3 + 6, 9),
+    Case("transformers", "ViT", 2 * 4, 4),
+    Case("transformers", "BEiT", 2 * 4, 4),
+    Case("transformers", "Swin", 2 * (2 + 2 + 2), 2 + 2 + 2),
+    Case("transformers", "ConvNeXt", 2 + 2 + 3 + 2, 9),
+    Case("transformers", "RegNet", 1 + 2 + 2 + 1, 6),
+    Case("transformers", "CLIP", 2 * (4 + 4), 4 + 4),
+    # A norm after each sum: no layer of it hands its input on.
+    Case("transformers", "BERT", 2 * 4, 0),
+    Case("transformers", "DistilBERT", 2 * 4, 0),
+    Case("transformers", "GPT-2", 2 * 4, 4),
+    # Attention and MLP in parallel: one branch a layer.
+    Case("transformers", "GPT-NeoX", 4, 4),
+    Case("transformers", "Falcon", 4, 4),
+    Case("transformers", "Llama", 2 * 4, 4),
+    Case("transformers", "Mixtral", 2 * 4, 4),
+    # Three branches a layer of the decoder, which attends to the encoder.
+    Case("transformers", "Whisper", 2 * 3 + 3 * 3, 3 + 3),
+    # Nothing to find: concatenation and channel shuffles in place of sums.
+    Case("torchvision", "shufflenet_v2_x0_5", 0, 0),
+    Case("timm", "test_efficientnet", 0, 0),
+)
+
+
+@contextlib.contextmanager
+def _third_party_warnings() -> Iterator[None]:
+    """Let through what the libraries themselves warn of while they are imported and built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
+
+
+def _models_of(library: str) -> ModuleType:
+    with _third_party_warnings():
+        pytest.importorskip(library)
+        return importlib.import_module(f"benchmarks._coverage.{library}_models")
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c.library}-{c.name}" for c in CASES])
+def test_blocks_are_counted_and_tickets_checked(case: Case) -> None:
+    models = _models_of(case.library)
+    with _third_party_warnings():
+        model, inputs = models.build(case.name)
+    *_, row = study(model.eval(), inputs, verify=True)
+    assert (row["branches"], row["layers"]) == (case.branches, case.layers)
+    assert row["residual"] == case.branches
+    assert verdict_of(row)[0] == ("verified" if case.branches else "no blocks"), verdict_of(row)
+
+
+# --- the oracle can fail --------------------------------------------------------------------------
+
+CUT = "layer2.1"
+OTHER = "layer2.2"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A ResNet, an oracle that knows two of its branches, and how a ticket fares before it."""
+
+    model: nn.Module
+    images: torch.Tensor
+    analysis: blockprune.BlockAnalysis
+
+    def problems(self, ticket: nn.Module, *, train: bool = False, as_layer: bool = False) -> str:
+        block = self.analysis.block(CUT)
+        cut = Cut(layers=(block,)) if as_layer else Cut(branches=(block,))
+        oracle = Oracle(self.model, self.images, self.analysis, [block], train=train)
+        assert oracle.refusal is None
+        return "\n".join(oracle.verdict(ticket, cut).problems)
+
+    def ticket(self, name: str = CUT) -> nn.Module:
+        return blockprune.remove_blocks(self.model, [name], self.images)
+
+
+@pytest.fixture
+def trial() -> Trial:
+    model, images = wake(resnet20()), torch.rand(2, 3, 16, 16)
+    return Trial(model, images, blockprune.find_blocks(model, images))
+
+
+BOTH_MODES = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+BOTH_KINDS = pytest.mark.parametrize("as_layer", [False, True], ids=["branch", "layer"])
+
+
+@BOTH_MODES
+@BOTH_KINDS
+def test_the_oracle_agrees_with_a_right_ticket(trial: Trial, train: bool, as_layer: bool) -> None:
+    assert trial.problems(trial.ticket(), train=train, as_layer=as_layer) == ""
+
+
+@BOTH_MODES
+@BOTH_KINDS
+def test_the_oracle_sees_that_another_block_was_removed(
+    trial: Trial, train: bool, as_layer: bool
+) -> None:
+    problems = trial.problems(trial.ticket(OTHER), train=train, as_layer=as_layer)
+    assert "output 0: off by" in problems
+
+
+def test_the_oracle_sees_that_nothing_was_removed(trial: Trial) -> None:
+    assert "output 0: off by" in trial.problems(trial.model)
+
+
+def test_the_oracle_sees_one_wrong_weight(trial: Trial) -> None:
+    ticket = trial.ticket()
+    with torch.no_grad():
+        next(ticket.parameters()).view(-1)[0] += 1e-3
+    assert "output 0: off by" in trial.problems(ticket)
+
+
+def test_the_oracle_sees_a_parameter_that_is_no_longer_trained(trial: Trial) -> None:
+    ticket = trial.ticket()
+    name, parameter = next(iter(ticket.named_parameters()))
+    parameter.requires_grad_(False)
+    assert trial.problems(ticket) == f"gradient of {name} is missing"
+
+
+def test_the_oracle_sees_a_wrong_running_mean(trial: Trial) -> None:
+    ticket = trial.ticket()
+    name, buffer = next((n, b) for n, b in ticket.named_buffers() if n.endswith("running_mean"))
+    buffer += 1
+    assert f"buffer {name}: off by" in trial.problems(ticket, train=True)
+
+
+def test_the_oracle_says_so_where_it_finds_no_branch(trial: Trial) -> None:
+    block = trial.analysis.block(CUT)
+    elsewhere = dataclasses.replace(block, owner=OTHER)
+    oracle = Oracle(trial.model, trial.images, trial.analysis, [elsewhere], train=False)
+    verdict = oracle.verdict(trial.ticket(), Cut(branches=(elsewhere,)))
+    assert "the oracle does not find the branch" in verdict.problems[0]
+
+
+def test_the_oracle_does_not_take_a_void_comparison_for_equality(trial: Trial) -> None:
+    last = trial.model.get_submodule(CUT).bn2
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+    assert trial.problems(trial.ticket()) == "switching this off changes no output"
+
+
+def test_double_precision_excuses_no_wrong_weight(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = trial.ticket()
+    with torch.no_grad():
+        next(ticket.parameters()).view(-1)[0] += 1e-6
+    monkeypatch.setattr("benchmarks._coverage.study.remove_blocks", lambda *_, **__: ticket)
+    *_, row = study(trial.model, trial.images, verify=True)
+    assert verdict_of(row)[0] == "failed"
+
+
+def test_the_oracle_leaves_the_models_as_they_are(trial: Trial) -> None:
+    ticket = trial.ticket()
+    before = copy.deepcopy((trial.model.state_dict(), ticket.state_dict()))
+    trial.problems(ticket, train=True)
+    for was, model in zip(before, (trial.model, ticket), strict=True):
+        assert all(torch.equal(was[key], value) for key, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- what is kept and written ---------------------------------------------------------------------
+
+ROW: Row = {
+    "library": "torchvision",
+    "name": "resnet18",
+    "task": "study",
+    "traced": "whole",
+    "branches": 5,
+    "residual": 5,
+    "layers": 5,
+    "parameters": 11_689_512,
+    "refused": {"projection_shortcut": 3},
+    "seconds": {"branches": 0.5},
+    "tickets": [{"removed": ["layer1.0"], "as": "branches", "parameters": 5, "refusal": None}],
+}
+NONE: Row = {**ROW, "name": "vgg11", "branches": 0, "residual": 0, "activations": 0, "refused": {}}
+FAILED: Row = {"library": "torchvision", "name": "x|y", "task": "study", "error": "a <b> | c"}
+
+
+def test_progress_goes_on_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    Progress(path, {"torch": "1"}, resume=False).add(ROW)
+    with path.open("a") as file:
+        file.write('{"name": "resn')
+    progress = Progress(path, {"torch": "1"}, resume=True)
+    progress.add(NONE)
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == [
+        "resnet18",
+        "vgg11",
+    ]
+    assert progress.found(name="resnet18", task="study") is not None
+    assert progress.found(name="resnet18", task="verify") is None
+
+
+def test_progress_of_other_versions_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    Progress(path, {"torch": "1"}, resume=False).add(ROW)
+    assert Progress(path, {"torch": "2"}, resume=True).rows == []
+
+
+def test_the_report_is_well_formed() -> None:
+    machine = {"date": "2000-01-01", "torch": "2", "python": "3", "architecture": "x", "cores": 2}
+    result = {"machine": machine, "versions": {"torchvision": "1"}, "models": [ROW, NONE, FAILED]}
+    text = document({"torchvision": result})
+    for table in text.split("\n\n"):
+        if table.startswith("|"):
+            assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+    assert "| torchvision |  | vgg11 | adds no two activations |" in text
+    assert "a &lt;b> \\| c" in text
+
+
+def test_an_empty_report_has_its_sections() -> None:
+    assert "## Failures" in document({})
