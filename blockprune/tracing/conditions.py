@@ -20,7 +20,7 @@ from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call
 from blockprune.tracing.values import TensorFact
 
-__all__ = ["decided_by_types", "expect_condition"]
+__all__ = ["condition_text", "decided_by_types", "expect_condition"]
 
 _OF_THE_TYPE = frozenset({"device", "dtype", "is_cuda", "layout", "ndim"})
 _TYPE_METHODS = frozenset({"dim", "is_complex", "is_floating_point"})
@@ -50,19 +50,26 @@ def expect_condition(text: str, value: Any, expected: bool) -> None:
 has_side_effect(expect_condition)
 
 
+def condition_text(condition: fx.Node) -> str | None:
+    """Return a condition that types alone decide as text, or None where it is another."""
+    try:
+        return _text(condition)
+    except TraceError:
+        return None
+
+
 def decided_by_types(
     condition: fx.Node, root: nn.Module, arguments: Mapping[str, Any]
-) -> tuple[str, bool] | None:
-    """Return a condition as text and its value, or None where more than types decides it.
+) -> bool | None:
+    """Return what a condition comes to, or None where fake tensors do not tell.
 
     Args:
-        condition: a node of a graph that may be unfinished.
+        condition: a node of a graph that may be unfinished, with a `condition_text`.
         root: the module that the graph is traced from.
         arguments: placeholder name to value; tensors may be given as `TensorFact`s.
     """
     try:
-        text, value = _evaluate(condition, _Fake(root, arguments))
-        return text, bool(value)
+        return bool(_value(condition, _Fake(root, arguments)))
     except Exception:
         # Whatever fake tensors do not know leaves the condition undecided.
         return None
@@ -97,22 +104,30 @@ class _Fake:
         return value
 
 
-def _evaluate(value: Any, fake: _Fake) -> tuple[str, Any]:
-    """Return an expression as text, and what it comes to."""
+def _text(value: Any) -> str:
     if not isinstance(value, fx.Node):
-        return str(value), value
+        return str(value)
     if value.op == "call_function" and value.target in _OPERATORS:
-        (left, a), (right, b) = (_evaluate(argument, fake) for argument in value.args)
-        return f"{left} {_OPERATORS[value.target]} {right}", value.target(a, b)
-    source, *rest = value.args
-    assert isinstance(source, fx.Node)
+        left, right = value.args
+        return f"{_text(left)} {_OPERATORS[value.target]} {_text(right)}"
     if value.op == "call_method" and value.target in _TYPE_METHODS:
-        name = str(value.target)
-        return f"{source}.{name}()", getattr(fake.tensor(source), name)()
+        return f"{value.args[0]}.{value.target}()"
     if value.op == "call_function" and value.target is getattr:
-        name = str(rest[0])
-        if name in _OF_THE_TYPE:
-            return f"{source}.{name}", getattr(fake.tensor(source), name)
-        text, owner = _evaluate(source, fake)
-        return f"{text}.{name}", getattr(owner, name)
+        source, name = value.args
+        owner = str(source) if name in _OF_THE_TYPE else _text(source)
+        return f"{owner}.{name}"
     raise TraceError(f"{value} is not known from types alone")
+
+
+def _value(value: Any, fake: _Fake) -> Any:
+    if not isinstance(value, fx.Node):
+        return value
+    if value.op == "call_function" and value.target in _OPERATORS:
+        left, right = (_value(argument, fake) for argument in value.args)
+        return value.target(left, right)
+    source = value.args[0]
+    assert isinstance(source, fx.Node)
+    if value.op == "call_method":
+        return getattr(fake.tensor(source), str(value.target))()
+    name = str(value.args[1])
+    return getattr(fake.tensor(source) if name in _OF_THE_TYPE else _value(source, fake), name)

@@ -10,7 +10,6 @@ agree, but for the places that the argument is handed to, it stays an argument.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -100,13 +99,12 @@ def _other_value(binding: Binding) -> Binding:
 def _trial(
     root: nn.Module, bindings: list[Binding], leaves: Leaves, conditions: bool
 ) -> fx.Graph | None:
-    own = copy.copy(leaves)
-    own.paths, own.classes = dict(leaves.paths), dict(leaves.classes)
+    own = Leaves(dict(leaves.paths), dict(leaves.classes), dict(leaves.decided))
     try:
         graph = trace_both_modes(root, bindings, own, conditions=conditions)
     except TraceError:
         return None
-    return graph if own == leaves else None
+    return graph if (own.paths, own.classes) == (leaves.paths, leaves.classes) else None
 
 
 def _agree(free: fx.Graph, bound: fx.Graph, values: Mapping[str, Any]) -> bool:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Binding, expect_constant, is_constant
-from blockprune.tracing.conditions import decided_by_types, expect_condition
+from blockprune.tracing.conditions import condition_text, decided_by_types, expect_condition
 from blockprune.tracing.copying import structural_copy
 from blockprune.tracing.places import line_of
 
@@ -62,10 +62,14 @@ _FACTORIES = frozenset(
 
 @dataclasses.dataclass
 class Leaves:
-    """Modules of a region that are called and not looked into, with the reason of each."""
+    """Modules of a region that are called and not looked into, with the reason of each.
+
+    `decided`: conditions in the forward of the region itself, as text, and what they came to.
+    """
 
     paths: dict[str, str] = dataclasses.field(default_factory=dict)
     classes: dict[type[nn.Module], str] = dataclasses.field(default_factory=dict)
+    decided: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +99,8 @@ def trace_once(
     Raises:
         TraceError: the forward of `root` itself stops the trace.
     """
-    decided: list[tuple[str, bool]] = []
     while True:
-        tracer = _Tracer(bindings, leaves, decided)
+        tracer = _Tracer(bindings, leaves)
         # A forward may keep proxies in attributes, so each pass has modules of its own.
         module = structural_copy(root).train(train)
         before = _draws()
@@ -105,10 +108,8 @@ def trace_once(
             with torch.enable_grad(), _RecordFactories(tracer):
                 graph = tracer.trace(module)
         except Exception as error:
-            known = tracer.decide() if conditions else None
-            if known is None:
+            if not (conditions and tracer.decide()):
                 raise TraceError(_describe(error)) from error
-            decided.append(known)
             continue
         if _draws() != before:
             raise TraceError("draws from Python's or numpy's random generator in its forward")
@@ -139,13 +140,10 @@ class _RecordFactories(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(
-        self, bindings: list[Binding], leaves: Leaves, decided: list[tuple[str, bool]]
-    ) -> None:
+    def __init__(self, bindings: list[Binding], leaves: Leaves) -> None:
         super().__init__()
         self.bindings = bindings
         self.leaves = leaves
-        self._decided = iter(decided)
         self._undecided: fx.Node | None = None
         self.stopped: dict[str, str] = {}
         self.events: list[Event] = []
@@ -220,25 +218,30 @@ class _Tracer(fx.Tracer):
         return attr_val
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if self.module_stack:
+        text = None if self.module_stack else condition_text(obj.node)
+        if text is None:
             return super().to_bool(obj)
-        known = next(self._decided, None)
-        if known is None:
+        if text not in self.leaves.decided:
             self._undecided = obj.node
             return super().to_bool(obj)
-        text, value = known
+        value = self.leaves.decided[text]
         self.create_proxy("call_function", expect_condition, (text, obj, value), {})
         return value
 
-    def decide(self) -> tuple[str, bool] | None:
-        """Return the condition that stopped the trace, and its value, where types decide it.
+    def decide(self) -> bool:
+        """Decide the condition that stopped the trace; return whether types alone could.
 
         To be asked when the trace is over: while it lasts, no module can be called.
         """
         if self._undecided is None:
-            return None
+            return False
         arguments = {binding.name: binding.value for binding in self.bindings}
-        return decided_by_types(self._undecided, structural_copy(self.root), arguments)
+        value = decided_by_types(self._undecided, structural_copy(self.root), arguments)
+        text = condition_text(self._undecided)
+        if value is None or text is None:
+            return False
+        self.leaves.decided[text] = value
+        return True
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and id(a) in self._probes:
