@@ -617,6 +617,17 @@ class AliasedCalls(nn.Module):
         return self.second(self.first(self.stem(x)))
 
 
+class EmptyShortcut(nn.Module):
+    """Writes its identity shortcut as a Sequential of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.shortcut = conv_bn(), nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return branch(self, self.f(x)) + self.shortcut(x)
+
+
 class Frozen(Trunk):
     def __init__(self) -> None:
         super().__init__(Plain(), Plain())
@@ -1298,6 +1309,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         {},
     ),
+    Entry("empty_sequential", _trunk(EmptyShortcut, EmptyShortcut), images, _body(2), {}),
     Entry("frozen", Frozen, images, _body(2), {}),
     Entry("unused", Unused, images, _body(2), {}, unused=("spare.",)),
     # --- state

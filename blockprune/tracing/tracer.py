@@ -164,6 +164,9 @@ class _Tracer(fx.Tracer):
             return True
         if not is_of_torch:
             return False
+        if isinstance(m, nn.Sequential):
+            # An empty one is a way of writing the identity.
+            return False
         # A torch.nn class that only arranges others (Sequential, TransformerEncoderLayer) is
         # looked into; one with weights of its own (Conv2d, MultiheadAttention) is one operation.
         return not m._modules or bool(m._parameters)
