@@ -61,7 +61,8 @@ def _sweep(library: str, arguments: argparse.Namespace) -> int:
         rows = [row for row in progress.rows if row["task"] != "verify" and row["name"] in names]
         _run(smallest_tasks(library, rows), progress, arguments)
     rows = [row for row in progress.rows if row["name"] in names]
-    write_result(path.stem, {"versions": made_with, "models": rows}, path)
+    result = {"versions": made_with, "names": len(names), "models": rows}
+    write_result(path.stem, result, path)
     failed = [row["name"] for row in rows if verdict_of(row)[0] == "failed"]
     print(f"{len(rows)} rows, {len(failed)} failed; {path}", flush=True)
     return len(failed)

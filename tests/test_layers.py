@@ -101,16 +101,12 @@ def bypassing(model: nn.Module, *names: str) -> nn.Module:
     return model
 
 
-def agree(ticket: nn.Module, reference: nn.Module, names: dict[str, str] | None = None) -> None:
-    """Compare outputs and gradients in both modes; `names`: moved layers to dense ones."""
+def agree(ticket: nn.Module, reference: nn.Module) -> None:
+    """Compare outputs and gradients in both modes."""
     for train in (False, True):
         for batch in (1, 3):
             found = oracle.outcome(ticket, (tokens(batch),), train=train)
             wanted = oracle.outcome(reference, (tokens(batch),), train=train)
-            assert found.gradients is not None
-            for new, old in (names or {}).items():
-                for name in [n for n in found.gradients if n.startswith(new + ".")]:
-                    found.gradients[old + name.removeprefix(new)] = found.gradients.pop(name)
             assert not oracle.disagreements(found, wanted)
 
 
@@ -276,13 +272,10 @@ def test_a_kept_root_has_shorter_lists_and_its_methods() -> None:
     ticket = blockprune.remove_blocks(model, ["layers.0", "layers.2"], tokens(), preserve_root=True)
     assert type(ticket) is Stack
     assert [type(layer) for layer in ticket.layers] == [Sub, Sub]
-    shorter = built(Sub, Sub)
-    assert set(ticket.state_dict()) == set(shorter.state_dict())
-    shorter.load_state_dict(ticket.state_dict())
-    assert torch.equal(shorter.eval()(tokens()), ticket.eval()(tokens()))
-    assert torch.equal(ticket.features(tokens()), shorter.features(tokens()))
-    dense = bypassing(model, "layers.0", "layers.2")
-    agree(ticket, dense, {"layers.1": "layers.3", "layers.0": "layers.1"})
+    assert set(ticket.state_dict()) < set(model.state_dict())
+    ticket.eval()
+    assert torch.equal(ticket.head(ticket.features(tokens())), ticket(tokens()))
+    agree(ticket, bypassing(model, "layers.0", "layers.2"))
 
 
 def test_all_branches_of_a_layer_by_name_are_the_layer() -> None:
@@ -315,7 +308,7 @@ def test_one_stubborn_list_does_not_keep_the_others() -> None:
         assert torch.equal(found.leaves[0], wanted.leaves[0])
 
 
-def test_a_layer_that_loses_one_branch_stays_and_those_behind_it_move_up() -> None:
+def test_a_layer_that_loses_one_branch_stays() -> None:
     model = built(Sub, Sub, Sub)
     names = ["layers.0", "layers.2.parts.1"]
     ticket = blockprune.remove_blocks(model, names, tokens(), preserve_root=True)

@@ -59,7 +59,7 @@ def _summary(results: Mapping[str, Result]) -> Iterator[str]:
         rows.append(
             [
                 f"[{library}](#{library}) {found[library]}",
-                sum(states.values()),
+                _share(sum(states.values()), result.get("names")),
                 sum(1 for row in _analysed(result["models"]) if row.get("branches")),
                 *(states[verdict] for verdict in VERDICTS),
                 f"{machine['date']}, torch {machine['torch']}, Python {machine['python']}, "
@@ -68,6 +68,11 @@ def _summary(results: Mapping[str, Result]) -> Iterator[str]:
         )
     yield "## Summary"
     yield _table(["library", "models", "with blocks", *VERDICTS, "made with"], rows)
+
+
+def _share(done: int, names: int | None) -> str:
+    """Say how many models were looked at, and of how many where a sweep ended early."""
+    return str(done) if names in (None, done) else f"{done} of {names}"
 
 
 def _library(library: str, rows: Sequence[Row]) -> Iterator[str]:

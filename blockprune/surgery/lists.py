@@ -20,17 +20,19 @@ class Removal:
     Attributes:
         path: of the list, a `ModuleList` or `Sequential`, in the model.
         keys: of the layers in it that go.
-        size: how many layers it held.
+        kept: of the layers in it that stay, in order.
+        positions: where in the list the layers stood.
     """
 
     path: str
     keys: tuple[str, ...]
-    size: int
+    kept: tuple[str, ...]
+    positions: tuple[int, ...]
 
     @property
-    def positions(self) -> tuple[int, ...]:
-        """Where in the list the layers stood."""
-        return tuple(int(key) for key in self.keys)
+    def size(self) -> int:
+        """How many layers the list held."""
+        return len(self.keys) + len(self.kept)
 
 
 def is_in_list(model: nn.Module, name: str) -> bool:
@@ -39,8 +41,8 @@ def is_in_list(model: nn.Module, name: str) -> bool:
     if not path:
         return False
     holder = model.get_submodule(path)
-    keys = [str(position) for position in range(len(holder._modules))]
-    return isinstance(holder, nn.ModuleList | nn.Sequential) and list(holder._modules) == keys
+    is_numbered = all(key.isdecimal() for key in holder._modules)
+    return isinstance(holder, nn.ModuleList | nn.Sequential) and is_numbered
 
 
 def removals(model: nn.Module, layers: Iterable[str]) -> list[Removal]:
@@ -49,10 +51,13 @@ def removals(model: nn.Module, layers: Iterable[str]) -> list[Removal]:
     for name in layers:
         path, _, key = name.rpartition(".")
         found.setdefault(path, []).append(key)
-    return [
-        Removal(path, tuple(sorted(keys, key=int)), len(model.get_submodule(path)._modules))
-        for path, keys in found.items()
-    ]
+    result = []
+    for path, keys in found.items():
+        every = list(model.get_submodule(path)._modules)
+        gone = tuple(key for key in every if key in keys)
+        kept = tuple(key for key in every if key not in keys)
+        result.append(Removal(path, gone, kept, tuple(every.index(key) for key in gone)))
+    return result
 
 
 def take_out(ticket: nn.Module, gone: Sequence[Removal]) -> None:
@@ -67,8 +72,7 @@ def moved_up(gone: Sequence[Removal]) -> dict[str, str]:
     """Return, for each layer behind one that goes, the name it would move up to, to its name."""
     moved: dict[str, str] = {}
     for removal in gone:
-        kept = [str(i) for i in range(removal.size) if str(i) not in removal.keys]
-        for new, old in enumerate(kept):
+        for new, old in enumerate(removal.kept):
             if str(new) != old:
                 moved[f"{removal.path}.{new}"] = f"{removal.path}.{old}"
     return moved

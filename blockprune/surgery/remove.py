@@ -57,9 +57,9 @@ def remove_blocks(
             plan has its own.
         verify: prove the equality on `example_inputs` before returning.
         preserve_root: keep the root module's class and methods. Layers that became a pass-through
-            are taken out of the `ModuleList` or `Sequential` that holds them; those behind move up,
-            and the configuration of a transformers model follows. Where branches of a layer stay,
-            the child of the root that holds it becomes a graph.
+            are taken out of the `ModuleList` or `Sequential` that holds them; those behind keep
+            their names. In a transformers model they move up, and its configuration follows. Where
+            branches of a layer stay, the child of the root that holds it becomes a graph.
         leaf_modules: modules that are called and not looked into: classes, names of classes, or
             `fnmatch` patterns of qualified names.
 
@@ -144,7 +144,9 @@ def cut_blocks(
             cuts,
             analysis.traced.call,
             verify=verify,
-            renumbered=preserve_root,
+            # Its class and its configuration say what the layers of a shallower one are called.
+            renumbered=preserve_root and has_configuration(model),
+            told=preserve_root,
         )
     if has_configuration(form.ticket):
         reference = form.reference or model

@@ -79,6 +79,8 @@ def layers_to_take_out(
     covered = {cut.branch.merge for parts in ways.values() for cut in parts}
     graphs = {cut.flow for cut in chosen if cut.branch.merge not in covered}
     names = [n for n, parts in ways.items() if graphs.isdisjoint(cut.flow for cut in parts)]
+    # Lists inside a layer that goes go with it.
+    names = [n for n in names if not any(n.startswith(f"{outer}.") for outer in names)]
     return removals(model, names), {
         cut.flow.region.path for cut in chosen if cut.flow not in graphs
     }
@@ -94,6 +96,7 @@ def settle(
     *,
     verify: bool,
     renumbered: bool,
+    told: bool,
 ) -> Settled:
     """Return the ticket without its pass-throughs, as far as it computes what `proved` computes.
 
@@ -105,6 +108,7 @@ def settle(
         call: the example inputs.
         verify: compare with `proved`; if not, all layers that can go are taken out.
         renumbered: whether the layers behind are to have the names of a shallower model.
+        told: whether to warn of pass-throughs that stay.
     """
     gone, covered = layers_to_take_out(model, cuts, chosen)
     why = ""
@@ -134,7 +138,7 @@ def settle(
         gone, covered = layers_to_take_out(model, cuts, chosen, good)
         found = attempt(gone, covered, final=True) if gone else None
     if found is None:
-        if renumbered:
+        if told:
             _warn(f"pass-throughs stay in the place of layers, since without them {why}", 5)
         with isolated():
             ticket = assemble(copy_model(model), graphs, graph_module)
