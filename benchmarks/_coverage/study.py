@@ -168,10 +168,11 @@ def _whole_layers(analysis: BlockAnalysis) -> list[ResidualBlock]:
 def _remove(model: nn.Module, cut: Cut, inputs: Any) -> tuple[nn.Module, str | None]:
     """Return the ticket, and what the package's own verification has against it."""
     names = [block.name for block in (*cut.branches, *cut.layers)]
+    granularity = "layer" if cut.layers else "branch"
     try:
-        return remove_blocks(model, names, inputs), None
+        return remove_blocks(model, names, inputs, granularity=granularity), None
     except BlockpruneError as error:
-        ticket = remove_blocks(model, names, inputs, verify=False)
+        ticket = remove_blocks(model, names, inputs, granularity=granularity, verify=False)
         return ticket, f"{type(error).__name__}: {error}"
 
 
