@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from blockprune.errors import InfeasibleBudgetError, PlanError, StalePlanError, close_names
+from blockprune.granularity import Granularity
 
 __all__ = ["PLAN_VERSION", "PruningPlan", "make_plan"]
 
@@ -40,7 +41,6 @@ PLAN_VERSION: Final = 1
 # A share such as 0.29 of 100 blocks is 28.999... in binary, and means 29.
 ROUNDING = 1e-9
 
-Granularity = Literal["branch", "layer", "layer_approx"]
 Name = Annotated[str, Field(min_length=1)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
 

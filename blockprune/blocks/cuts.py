@@ -13,6 +13,7 @@ from torch import fx
 
 from blockprune.blocks.activations import clamped_range, is_already_applied
 from blockprune.blocks.flow import Flow
+from blockprune.blocks.naming import lies_in
 from blockprune.blocks.rule import Branch
 
 __all__ = ["Cut", "Cuts"]
@@ -35,6 +36,8 @@ class Cuts:
         branches: name to cut, in order of execution.
         layers: name of a layer block to the names of its branches.
         bypasses: name of a layer that only goes as an approximation to the ways around it.
+
+    `flows` are those of all regions, also of such as hold no branch.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Cuts:
         branches: Mapping[str, Cut],
         layers: Mapping[str, tuple[str, ...]],
         bypasses: Mapping[str, tuple[Cut, ...]],
-        flows: Sequence[Flow] = (),
+        flows: Sequence[Flow],
     ) -> None:
         self._flows = tuple(flows)
         self.branches = dict(branches)
@@ -78,7 +81,7 @@ class Cuts:
         return frozenset(
             node
             for flow in self._flows
-            if any(_lies_in(flow.region.path, path) for path in gone)
+            if any(lies_in(flow.region.path, path) for path in gone)
             for node in flow.nodes
         )
 
@@ -91,7 +94,7 @@ class Cuts:
         inner = [by_merge[node] for node in outer.dead if node in by_merge]
         for path in outer.flow.modules_gone(outer.dead):
             for region, cuts in self._by_region.items():
-                if _lies_in(region, path):
+                if lies_in(region, path):
                     inner += cuts
         return [cut.name for cut in inner if cut is not outer]
 
@@ -108,10 +111,6 @@ class Cuts:
             flow.region.path: frozenset(flow.dead_without(replaced))
             for flow, replaced in self.replacements(cuts).items()
         }
-
-
-def _lies_in(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".")
 
 
 def replacements_in(flow: Flow, branches: Iterable[Branch]) -> dict[fx.Node, fx.Node]:

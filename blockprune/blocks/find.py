@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast, get_args
+from typing import Any
 
 from torch import fx, nn
 
@@ -21,18 +21,16 @@ from blockprune.blocks.readers import ParameterReaders
 from blockprune.blocks.rule import Branch, Refusal, examine, merge_of
 from blockprune.blocks.types import (
     BlockAnalysis,
-    Granularity,
     Reason,
     Rejection,
     ResidualBlock,
     Stage,
 )
 from blockprune.errors import PlanError
+from blockprune.granularity import GRANULARITIES, Granularity
 from blockprune.tracing import NOT_EXECUTED, LeafModules, TracedModel, trace_model
 
 __all__ = ["find_blocks"]
-
-GRANULARITIES = get_args(Granularity)
 
 
 def find_blocks(
@@ -81,7 +79,7 @@ def find_blocks(
         traced = trace_model(
             model, example_inputs, preserve_root=preserve_root, leaf_modules=leaf_modules
         )
-        return _analyse(traced, cast(Granularity, granularity))
+        return _analyse(traced, granularity)
 
 
 def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:

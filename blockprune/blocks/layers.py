@@ -58,13 +58,13 @@ def find_layers(
             bypasses[path] = tuple(way for way in ways if way is not None)
             if len(bypasses[path]) < len(ways):
                 del bypasses[path]
-    exact = {name: parts for name, parts in exact.items() if not _lies_in(parts, name, exact)}
+    exact = {name: parts for name, parts in exact.items() if not _is_inner(parts, name, exact)}
     inner = {name: _branches_in(ways, cuts) for name, ways in bypasses.items()}
     taken = {part for parts in exact.values() for part in parts}
     return exact, {
         name: ways
         for name, ways in bypasses.items()
-        if not taken & set(inner[name]) and not _lies_in(inner[name], name, inner)
+        if not taken & set(inner[name]) and not _is_inner(inner[name], name, inner)
     }
 
 
@@ -196,7 +196,7 @@ def _branches_in(ways: Iterable[Cut], cuts: Mapping[str, Cut]) -> tuple[str, ...
     )
 
 
-def _lies_in(parts: Iterable[str], name: str, layers: Mapping[str, tuple[str, ...]]) -> bool:
+def _is_inner(parts: Iterable[str], name: str, layers: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether a layer is part of another, whose module is further out."""
     return any(
         name != other and name.startswith(other + ".") and set(parts) <= set(layers[other])

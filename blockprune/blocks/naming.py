@@ -11,7 +11,7 @@ from torch import fx
 from blockprune.blocks.flow import Flow
 from blockprune.blocks.rule import parameters_read
 
-__all__ = ["NAME_KEY", "Call", "branch_names", "numbered", "owner_call", "owner_of"]
+__all__ = ["NAME_KEY", "Call", "branch_names", "lies_in", "numbered", "owner_call", "owner_of"]
 
 NAME_KEY = "blockprune_name"
 """Key of a node's metadata under which a ticket keeps the dense model's name of a merge."""
@@ -52,6 +52,11 @@ def branch_names(branches: Sequence[tuple[Flow, fx.Node, Iterable[fx.Node]]]) ->
         else:
             names.append(_child(flow, merge, nodes) or f"{owner}.{merge.name}".lstrip("."))
     return numbered(names)
+
+
+def lies_in(name: str, path: str) -> bool:
+    """Whether something called `name` is the module at `path`, or lies in it; "" is the root."""
+    return path == "" or name == path or name.startswith(path + ".")
 
 
 def numbered(names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import fx, nn
 
 from blockprune.blocks.flow import Flow
+from blockprune.blocks.naming import lies_in
 from blockprune.blocks.rule import parameters_read
 from blockprune.tracing import TracedModel
 
@@ -30,7 +31,7 @@ class ParameterReaders:
         for name, parameter in traced.root.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), name)
             self._sizes[id(parameter)] = parameter.numel()
-            if not any(_lies_in(name, path) for path in self._inner):
+            if not any(lies_in(name, path) for path in self._inner):
                 self._readers.setdefault(id(parameter), set()).add(None)
         for flow in flows:
             for node in flow.region.graph.nodes:
@@ -57,11 +58,7 @@ class ParameterReaders:
     def _parameters(self, flow: Flow, node: fx.Node) -> Iterator[nn.Parameter]:
         """Yield what `node` reads itself; a leaf that holds regions leaves theirs to them."""
         leaf = flow.region.qualified(str(node.target))
-        regions = [path for path in self._inner if path and _lies_in(path, leaf)]
+        regions = [path for path in self._inner if path and lies_in(path, leaf)]
         for name, parameter in parameters_read(node, flow):
-            if not any(_lies_in(flow.region.qualified(name), path) for path in regions):
+            if not any(lies_in(flow.region.qualified(name), path) for path in regions):
                 yield parameter
-
-
-def _lies_in(name: str, path: str) -> bool:
-    return path == "" or name == path or name.startswith(path + ".")

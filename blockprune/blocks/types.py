@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from blockprune.errors import BlockNotFoundError, BlockNotRemovableError, close_names
+from blockprune.granularity import Granularity
 from blockprune.tracing import TracedModel
 
 if TYPE_CHECKING:
     from blockprune.blocks.cuts import Cuts
 
-__all__ = ["BlockAnalysis", "Granularity", "Reason", "Rejection", "ResidualBlock", "Stage"]
-
-
-Granularity = Literal["branch", "layer", "layer_approx"]
-"""What counts as one block; see `find_blocks`."""
+__all__ = ["BlockAnalysis", "Reason", "Rejection", "ResidualBlock", "Stage"]
 
 
 class Reason(enum.StrEnum):

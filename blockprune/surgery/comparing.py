@@ -5,6 +5,7 @@ Numbers may differ by a few units in the last place, which is what another order
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ __all__ = [
     "Outcome",
     "difference_of",
     "fresh",
+    "gradients_differ",
     "gradients_of",
-    "largest",
     "snapshot",
     "types_of",
 ]
@@ -74,8 +75,8 @@ def difference_of(found: Any, expected: Any, ulps: float, scale: float | None = 
         finite = b.isfinite()
         if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
             return "infinities or NaNs at other places"
-        size = largest(b[finite]) if scale is None else scale
-        gap = largest((a - b)[finite])
+        size = _largest(b[finite]) if scale is None else scale
+        gap = _largest((a - b)[finite])
         # Not "gap > bound": a NaN where the reference is finite must not pass.
         room = 1000.0 if b.dtype == torch.float64 else 1.0
         if not gap <= room * ulps * torch.finfo(b.dtype).eps * size:
@@ -83,7 +84,7 @@ def difference_of(found: Any, expected: Any, ulps: float, scale: float | None = 
     return ""
 
 
-def largest(tensor: Tensor) -> float:
+def _largest(tensor: Tensor) -> float:
     return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
@@ -102,3 +103,18 @@ def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
     found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
     pairs = zip(named, found, strict=True)
     return {name: gradient for name, gradient in pairs if gradient is not None}
+
+
+def gradients_differ(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Name the first parameter whose gradient differs, and how; "" if none does.
+
+    A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
+    that of the whole backward pass.
+    """
+    scale = max((_largest(gradient) for gradient in expected.values()), default=0.0)
+    for name, gradient in found.items():
+        wanted = expected.get(name, torch.zeros_like(gradient))
+        difference = difference_of(gradient, wanted, GRADIENT_ULPS, scale)
+        if difference:
+            return f"the gradient of {name!r} differs: {difference}"
+    return ""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx, nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
 from blockprune.errors import ApproximationWarning, StalePlanError
+from blockprune.granularity import Granularity
 from blockprune.plan import PruningPlan
 from blockprune.surgery.caches import fill_cache_slots
 from blockprune.surgery.configuration import has_configuration
@@ -53,8 +54,9 @@ def remove_blocks(
         plan_or_names: a `PruningPlan`, or names of branch or layer blocks.
         example_inputs: what the forward takes: a Tensor, a tuple of arguments or a dict of
             keywords.
-        granularity: that names are of; only "layer_approx" makes a difference, see `find_blocks`. A
-            plan has its own.
+        granularity: that names are of, see `find_blocks`: it tells which block is meant where a
+            branch and a layer share a name, and "layer_approx" allows post-norm layers. A plan has
+            its own.
         verify: prove the equality on `example_inputs` before returning.
         preserve_root: keep the root module's class and methods. Layers that became a pass-through
             are taken out of the `ModuleList` or `Sequential` that holds them; those behind keep
@@ -211,7 +213,7 @@ def _removed(analysis: BlockAnalysis, cuts: Iterable[Cut]) -> tuple[str, ...]:
     return (*branches, *(name for name in analysis.cuts.bypasses if name in bypassed))
 
 
-def _granularity_of(cuts: Iterable[Cut]) -> Literal["branch", "layer_approx"]:
+def _granularity_of(cuts: Iterable[Cut]) -> Granularity:
     return "branch" if all(cut.branch.is_exact for cut in cuts) else "layer_approx"
 
 

@@ -26,14 +26,13 @@ from torch import Tensor, fx, nn
 from blockprune.errors import VerificationError
 from blockprune.randomness import seed_rng
 from blockprune.surgery.comparing import (
-    GRADIENT_ULPS,
     OUTPUT_ULPS,
     SEED,
     Outcome,
     difference_of,
     fresh,
+    gradients_differ,
     gradients_of,
-    largest,
     snapshot,
     types_of,
 )
@@ -223,18 +222,11 @@ def _compare_sides(
             f"{place} differs from the zero-branch reference in {mode} mode at "
             f"{_locate(dense, kept, call, mode)}: {difference}"
         )
-    # A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
-    # that of the whole backward pass.
-    wanted = gradients or {}
-    scale = max((largest(gradient) for gradient in wanted.values()), default=0.0)
-    for name, gradient in (kept_gradients or {}).items():
-        reference_gradient = wanted.get(name, torch.zeros_like(gradient))
-        difference = difference_of(gradient, reference_gradient, GRADIENT_ULPS, scale)
-        if difference:
-            raise VerificationError(
-                f"{place}: the gradient of {name!r} differs from that of the zero-branch "
-                f"reference in {mode} mode: {difference}"
-            )
+    difference = gradients_differ(kept_gradients or {}, gradients or {})
+    if difference:
+        raise VerificationError(
+            f"{place}, against the zero-branch reference in {mode} mode: {difference}"
+        )
 
 
 def _outcome(side: _Side, call: Call, mode: str, *, differentiate: bool) -> Outcome:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Binding, expect_constant
-from blockprune.tracing.modes import trace_both_modes
+from blockprune.tracing.modes import compare_arguments, compare_constants, trace_both_modes
 from blockprune.tracing.tracer import Leaves
 
 __all__ = ["trace_with_arguments"]
@@ -116,37 +116,21 @@ def _agree(free: fx.Graph, bound: fx.Graph, values: Mapping[str, Any]) -> bool:
     twin: dict[fx.Node, fx.Node] = {}
     for a, b in zip(ours, theirs, strict=True):
         twin[a] = b
+        hands_on = values if a.op == "call_module" else {}
+
+        def judge(x: Any, y: Any, hands_on: Mapping[str, Any] = hands_on) -> str:
+            if not isinstance(x, fx.Node):
+                return compare_constants(x, y)
+            name = str(x.target)
+            is_handed = x.op == "placeholder" and name in hands_on and y is hands_on[name]
+            return "same" if is_handed or twin.get(x) is y else "differs"
+
         if (a.op, a.target) != (b.op, b.target):
             return False
-        hands_on = a.op == "call_module"
-        if not _equal((a.args, a.kwargs), (b.args, b.kwargs), twin, values, hands_on):
+        if "differs" in compare_arguments((a.args, a.kwargs), (b.args, b.kwargs), judge):
             return False
     return True
 
 
 def _guards(node: fx.Node, values: Mapping[str, Any]) -> bool:
     return node.target is expect_constant and node.args[0] in values
-
-
-def _equal(
-    a: Any, b: Any, twin: Mapping[fx.Node, fx.Node], values: Mapping[str, Any], hands_on: bool
-) -> bool:
-    if isinstance(a, fx.Node):
-        if twin.get(a) is b:
-            return True
-        name = str(a.target)
-        return hands_on and a.op == "placeholder" and name in values and b is values[name]
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(
-            _equal(x, y, twin, values, hands_on) for x, y in zip(a, b, strict=True)
-        )
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(
-            _equal(a[key], b[key], twin, values, hands_on) for key in a
-        )
-    if isinstance(a, slice):
-        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step), twin, values, hands_on)
-    # NaN is the one constant that differs from itself.
-    return bool(a == b) or (a != a and b != b)

@@ -10,6 +10,7 @@ A trace freezes `self.training`. Two traces of one module are therefore compared
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -18,7 +19,7 @@ from blockprune.errors import TraceError
 from blockprune.tracing.calls import Binding
 from blockprune.tracing.tracer import Event, Leaves, Trace, trace_once
 
-__all__ = ["trace_both_modes"]
+__all__ = ["compare_arguments", "compare_constants", "trace_both_modes"]
 
 _REASON = "its forward does something else in train mode than in eval mode"
 
@@ -81,34 +82,44 @@ def _compare(ours: Event, theirs: Event, twin: dict[fx.Node, fx.Node]) -> str:
     twin[a] = b
     if a.op != b.op or a.target != b.target:
         return "differs"
-    verdicts = _compare_values((a.args, a.kwargs), (b.args, b.kwargs), twin)
+
+    def judge(x: Any, y: Any) -> str:
+        if isinstance(x, fx.Node):
+            return "same" if twin.get(x) is y else "differs"
+        return "flag" if _is_flag(x, y) else compare_constants(x, y)
+
+    verdicts = compare_arguments((a.args, a.kwargs), (b.args, b.kwargs), judge)
     if "differs" in verdicts:
         return "differs"
     return "flag" if "flag" in verdicts else "same"
 
 
-def _compare_values(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> set[str]:
+def compare_arguments(a: Any, b: Any, judge: Callable[[Any, Any], str]) -> set[str]:
+    """Return what `judge` says of each node and constant in two nested arguments.
+
+    "differs" is among it where the two are not of one structure.
+    """
     if isinstance(a, fx.Node):
-        return {"same" if twin.get(a) is b else "differs"}
+        return {judge(a, b)}
     if type(a) is not type(b):
         return {"differs"}
     if isinstance(a, tuple | list):
         if len(a) != len(b):
             return {"differs"}
-        return set().union(*(_compare_values(x, y, twin) for x, y in zip(a, b, strict=True)))
+        return set().union(*(compare_arguments(x, y, judge) for x, y in zip(a, b, strict=True)))
     if isinstance(a, dict):
         if list(a) != list(b):
             return {"differs"}
-        return set().union(*(_compare_values(a[key], b[key], twin) for key in a))
+        return set().union(*(compare_arguments(a[key], b[key], judge) for key in a))
     if isinstance(a, slice):
-        parts = ("start", "stop", "step")
-        return set().union(
-            *(_compare_values(getattr(a, part), getattr(b, part), twin) for part in parts)
-        )
-    if _is_flag(a, b):
-        return {"flag"}
-    # NaN is the one constant that differs from itself.
-    return {"same" if a == b or (a != a and b != b) else "differs"}
+        ours, theirs = (a.start, a.stop, a.step), (b.start, b.stop, b.step)
+        return compare_arguments(ours, theirs, judge)
+    return {judge(a, b)}
+
+
+def compare_constants(a: Any, b: Any) -> str:
+    """Return "same" or "differs"; NaN is the one constant that differs from itself."""
+    return "same" if a == b or (a != a and b != b) else "differs"
 
 
 def _is_flag(in_eval: Any, in_train: Any) -> bool:

@@ -65,7 +65,7 @@ class Region:
 
     def qualified(self, name: str) -> str:
         """Return the name in the whole model of something named relative to this region."""
-        return ".".join(part for part in (self.path, name) if part)
+        return _joined(self.path, name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,13 +120,13 @@ def trace_model(
     leaf_modules = [leaf_modules] if isinstance(leaf_modules, str | type) else list(leaf_modules)
     asked = _modules_asked_for(model, leaf_modules)
     with isolated():
-        _check_that_it_runs(model, call)
+        expected = _eager_output(model, call)
         walk = _Walk(structural_copy(model), call, asked)
         if preserve_root:
             walk.descend("", ())
         else:
             walk.attempt("", call, ())
-        walk.give_up_strays()
+        walk.give_up_strays(expected)
         walk.note_unused()
         may_merge = walk.opaque_with_merges()
     regions = sorted(walk.regions, key=lambda region: region.order)
@@ -160,19 +160,24 @@ def _is_meant(entry: str | type[nn.Module], path: str, module: nn.Module) -> boo
     return fnmatchcase(path, entry) or type(module).__name__ == entry
 
 
-def _check_that_it_runs(model: nn.Module, call: Call) -> None:
-    """Run the model once for real: fake tensors let some wrong inputs pass.
+def _eager_output(model: nn.Module, call: Call) -> list[Tensor]:
+    """Run the model once for real, since fake tensors let some wrong inputs pass.
 
     Raises:
         TraceError: quotes what the model says of the inputs.
     """
-    copy = structural_copy(model).eval()
-    fresh = call.map(lambda tensor: tensor.detach().clone())
     try:
-        with torch.no_grad():
-            copy(*fresh.args, **fresh.kwargs)
+        return _output(structural_copy(model), call)
     except Exception as error:
         raise refused(model, call, error) from error
+
+
+def _output(model: nn.Module, call: Call) -> list[Tensor]:
+    """Return the tensors that a copy of a model, which is put in eval mode, returns."""
+    inputs = call.map(lambda tensor: tensor.detach().clone())
+    seed_rng(0)
+    with torch.no_grad():
+        return list(tensors_in(model.eval()(*inputs.args, **inputs.kwargs)))
 
 
 class _Walk:
@@ -214,7 +219,7 @@ class _Walk:
                 continue
             name = str(node.target)
             module = self.root.get_submodule(path).get_submodule(name)
-            qualified = ".".join(part for part in (path, name) if part)
+            qualified = _joined(path, name)
             if id(module) in self._visited:
                 continue
             if isinstance(module, fx.GraphModule) or name in leaves.paths:
@@ -229,18 +234,19 @@ class _Walk:
         """Try the children of an opaque module as regions."""
         for name, child in self.root.get_submodule(path).named_children():
             if id(child) not in self._visited and _may_hold_blocks(child):
-                self._try_child(".".join(part for part in (path, name) if part), order)
+                self._try_child(_joined(path, name), order)
 
-    def give_up_strays(self) -> None:
+    def give_up_strays(self, expected: list[Tensor]) -> None:
         """Undo regions whose graph, in the place of the module, changes what the model computes.
+
+        `expected` is what the model returns as it is.
 
         A forward may ask for the type of what is a proxy in a trace, and a model may look into a
         module while it runs, with hooks that collect what the layers inside return. Children of
         such a region are tried instead.
         """
-        expected = self._output([])
-        while self.regions and not _agree(self._output(self.regions), expected):
-            strays = [r for r in self.regions if not _agree(self._output([r]), expected)]
+        while self.regions and not self._computes(self.regions, expected):
+            strays = [region for region in self.regions if not self._computes([region], expected)]
             strays = strays or self.regions
             self.regions = [region for region in self.regions if region not in strays]
             for region in strays:
@@ -261,18 +267,15 @@ class _Walk:
                 self.opaque[path] = NOT_EXECUTED
                 read.add(path)
 
-    def _output(self, regions: list[Region]) -> list[Tensor] | None:
-        """Return the tensors that the model returns with graphs in these places, None if none."""
+    def _computes(self, regions: list[Region], expected: list[Tensor]) -> bool:
+        """Whether the model returns what is expected with graphs in the place of these regions."""
         graphs = {region.path: region.graph for region in regions}
         model = assemble(structural_copy(self.root), graphs, lambda path, m, g: Followed(m, g))
-        inputs = self.call.map(lambda tensor: tensor.detach().clone())
-        seed_rng(0)
         try:
-            with torch.no_grad():
-                output = model.eval()(*inputs.args, **inputs.kwargs)
-            return list(tensors_in(output))
+            return _agree(_output(model, self.call), expected)
         except Exception:
-            return None
+            # The code around a region may fail where it does not find what it looks for.
+            return False
 
     def opaque_with_merges(self) -> frozenset[str]:
         """Return the opaque modules in whose own code tensors of one shape were added."""
@@ -346,10 +349,10 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _agree(found: list[Tensor] | None, expected: list[Tensor] | None) -> bool:
+def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether two outputs are the same but for rounding; the proof comes with the ticket."""
-    if found is None or expected is None or len(found) != len(expected):
-        return found is expected
+    if len(found) != len(expected):
+        return False
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
@@ -368,6 +371,10 @@ def _may_hold_blocks(module: nn.Module) -> bool:
     ):
         return False
     return next(module.parameters(), None) is not None
+
+
+def _joined(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)
 
 
 def _outwards(path: str) -> Iterator[str]:

@@ -144,7 +144,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.bindings = bindings
         self.leaves = leaves
-        self._undecided: fx.Node | None = None
+        self._undecided: tuple[str, fx.Node] | None = None
         self.stopped: dict[str, str] = {}
         self.events: list[Event] = []
         self._state_proxies: dict[int, fx.Proxy] = {}
@@ -225,7 +225,7 @@ class _Tracer(fx.Tracer):
         if text is None:
             return super().to_bool(obj)
         if text not in self.leaves.decided:
-            self._undecided = obj.node
+            self._undecided = (text, obj.node)
             return super().to_bool(obj)
         value = self.leaves.decided[text]
         self.create_proxy("call_function", expect_condition, (text, obj, value), {})
@@ -239,9 +239,9 @@ class _Tracer(fx.Tracer):
         if self._undecided is None:
             return False
         arguments = {binding.name: binding.value for binding in self.bindings}
-        value = decided_by_types(self._undecided, structural_copy(self.root), arguments)
-        text = condition_text(self._undecided)
-        if value is None or text is None:
+        text, condition = self._undecided
+        value = decided_by_types(condition, structural_copy(self.root), arguments)
+        if value is None:
             return False
         self.leaves.decided[text] = value
         return True
