@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AlikeDraws", "preserved_rng", "seed_rng"]
+__all__ = [
+    "AlikeDraws",
+    "LayoutFreeDraws",
+    "RngState",
+    "preserved_rng",
+    "rng_state",
+    "seed_rng",
+    "set_rng_state",
+]
 
 _RANDOM_OPERATIONS = frozenset(
     {
@@ -55,18 +64,40 @@ def preserved_rng() -> Iterator[None]:
         >>> torch.equal(before, torch.get_rng_state())
         True
     """
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
-    python = random.getstate()
-    legacy_numpy = np.random.get_state()
+    state = rng_state()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)
+        set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class RngState:
+    """The states of all generators."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    python: Any
+    legacy_numpy: Any
+
+
+def rng_state() -> RngState:
+    """Return the state of every generator that `preserved_rng` restores."""
+    return RngState(
+        cpu=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if _cuda_in_use() else [],
+        python=random.getstate(),
+        legacy_numpy=np.random.get_state(),
+    )
+
+
+def set_rng_state(state: RngState) -> None:
+    """Put every generator in a state that `rng_state` returned."""
+    torch.set_rng_state(state.cpu)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(state.cuda)
+    random.setstate(state.python)
+    np.random.set_state(state.legacy_numpy)
 
 
 def seed_rng(seed: int) -> None:
@@ -89,7 +120,34 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-class AlikeDraws(TorchFunctionMode):
+class LayoutFreeDraws(TorchFunctionMode):
+    """Make what a random operation draws independent of how its argument lies in memory.
+
+    Dropout draws in the order of memory, so equal tensors in another order (channels last) would
+    lose other elements.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _RANDOM_OPERATIONS or not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        given = args[0]
+        if given.is_contiguous():
+            return func(*args, **kwargs)
+        drawn = func(given.contiguous(), *args[1:], **kwargs)
+        if name.endswith("_") or kwargs.get("inplace", False):
+            return given.copy_(drawn)
+        return drawn
+
+
+class AlikeDraws(LayoutFreeDraws):
     """Make each random operation a function of its name and shape alone."""
 
     def __torch_function__(
@@ -103,4 +161,4 @@ class AlikeDraws(TorchFunctionMode):
         if name in _RANDOM_OPERATIONS:
             shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else args[:1]
             seed_rng(zlib.crc32(f"{name} {shape}".encode()))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)

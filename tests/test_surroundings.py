@@ -146,3 +146,23 @@ def test_an_argument_that_was_a_constant_is_guarded() -> None:
         blockprune.TraceError, match=r"cut with mask=None.*tensor of shape \(2, 4\)"
     ):
         ticket(x, torch.ones(2, 4))
+
+
+class ChangesLayout(nn.Module):
+    """Without the branch its sum lies in memory in another order, in which dropout would draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).contiguous(memory_format=torch.channels_last) + x
+        out: Tensor = self.head(self.drop(x))
+        return out
+
+
+def test_dropout_behind_a_change_of_memory_layout_is_verified() -> None:
+    ticket = blockprune.remove_blocks(ChangesLayout().eval(), ["conv"], torch.randn(2, 4, 5, 5))
+    assert not any(name.startswith("conv") for name, _ in ticket.named_parameters())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from blockprune.errors import VerificationError
-from blockprune.randomness import seed_rng
+from blockprune.randomness import LayoutFreeDraws, seed_rng
 from blockprune.surgery.comparing import (
     OUTPUT_ULPS,
     SEED,
@@ -119,6 +119,11 @@ def _widened(tensor: Tensor) -> Tensor:
 
 class _Seeded(CallInterpreter):
     seen: dict[str, Any] | None = None
+
+    def run_call(self, call: Call) -> Any:
+        # A branch that goes may take a change of memory layout along.
+        with LayoutFreeDraws():
+            return super().run_call(call)
 
     def run_node(self, n: fx.Node) -> Any:
         seed_rng(zlib.crc32(n.name.encode()))

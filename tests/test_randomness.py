@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blockprune.randomness import LayoutFreeDraws, rng_state, set_rng_state
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: functional.dropout(x, 0.5),
+    "in_place": lambda x: functional.dropout(x, 0.5, inplace=True),
+    "module": nn.Dropout(0.5),
+    "channels": nn.Dropout2d(0.5),
+    "alpha": nn.AlphaDropout(0.5),
+    "method": lambda x: x.bernoulli_(0.5),
+    "like": torch.rand_like,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_do_not_depend_on_the_layout(name: str) -> None:
+    plain = torch.rand(2, 6, 4, 4) + 1
+    last = plain.clone(memory_format=torch.channels_last)
+    found = []
+    for images in (plain.clone(), last.clone(memory_format=torch.preserve_format)):
+        torch.manual_seed(3)
+        with LayoutFreeDraws():
+            drawn = DRAWS[name](images)
+        if name in ("in_place", "method"):
+            assert drawn is images
+        found.append(drawn.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(*found)
+    torch.manual_seed(3)
+    assert torch.equal(DRAWS[name](plain.clone()), found[0])
+
+
+def test_the_state_of_the_generators_is_a_value() -> None:
+    state = rng_state()
+    first = torch.rand(3)
+    set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
