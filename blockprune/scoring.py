@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,29 @@ from torch import Tensor, nn
 
 from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.criteria import (
-    CRITERIA,
     Criterion,
     NoDataWarning,
     ScoringContext,
     ZeroScoresWarning,
+    criterion_of,
+    evaluate,
 )
-from blockprune.criteria.base import LossFunction, batches_of
+from blockprune.criteria.base import CACHE_BYTES
+from blockprune.criteria.batches import Replay, batches_of
+from blockprune.criteria.losses import LossFunction
 from blockprune.errors import CriterionError, DataError, close_names
 from blockprune.inputs import infer_example_inputs
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.tracing import Call, as_call, copy_model, isolated, structural_copy
 
-__all__ = ["NoDataWarning", "ScoreTable", "ZeroScoresWarning", "first_inputs", "score_blocks"]
+__all__ = [
+    "NoDataWarning",
+    "ScoreTable",
+    "ZeroScoresWarning",
+    "first_inputs",
+    "score_blocks",
+    "score_criteria",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ def score_blocks(
     seed: int = 0,
     *,
     analysis: BlockAnalysis | None = None,
+    max_batches: int | None = None,
+    max_cache_bytes: int | None = None,
 ) -> ScoreTable:
     """Return the importance of each removable block of `model`, which stays as it is.
 
@@ -71,20 +83,27 @@ def score_blocks(
         criterion: a name of `CRITERIA`, or a callable of the `Criterion` protocol.
         data: one `(inputs, targets)` pair or an iterable of them (a DataLoader, a generator).
             Inputs are a Tensor, a tuple of arguments or a dict of keywords; they go to the
-            device of the model. As many batches are taken as the criterion asks for: those
-            of the papers look at the first. None: where the criterion asks for data, it gets
-            standard normal inputs of the example's shape, at least 16, and random labels.
-        loss_fn: `(outputs, targets) -> scalar`, given what the model returns. None: cross entropy
-            of its first floating-point output with integer labels.
+            device of the model. A batch may be inputs alone, a Tensor or a dict, where the
+            criterion reads no labels or the model takes them itself. As many batches are taken as
+            the criterion asks for: those at initialisation look at the first, others at all. None:
+            where the criterion asks for data, it gets standard normal inputs of the example's
+            shape, at least 16, and random labels.
+        loss_fn: `(outputs, targets) -> scalar`, given what the model returns. None: the `loss` of
+            its output where it has one, else cross entropy of its first floating-point output with
+            integer labels.
         example_inputs: to find the blocks by; None: those of the first batch, or, without data,
             such as the model's configuration tells.
         granularity: "branch", "layer" or "layer_approx"; an `analysis` has its own.
         seed: of all that is random in scoring: two calls with equal arguments agree bit for bit.
         analysis: of this model, where there is one already.
+        max_batches: at most so many batches are read, the first ones; None: all.
+        max_cache_bytes: what criteria that leave one block out may keep of the whole pass; the
+            scores do not depend on it, the time does. None: 1 GiB.
 
     Raises:
         CriterionError: an unknown criterion; scores that are missing, unasked for or not finite;
-            frozen blocks; a loss that is not finite. The block is named.
+            frozen blocks; labels needed and absent; a loss that is not finite. The block is
+            named.
         DataError: data that is empty, malformed, or refused by the model.
         TraceError: the model cannot be followed, or no input shape can be inferred.
 
@@ -101,7 +120,51 @@ def score_blocks(
         >>> len(table.scores)
         7
     """
-    name, function = _named(criterion)
+    tables = score_criteria(
+        model,
+        [criterion],
+        data,
+        loss_fn,
+        example_inputs,
+        granularity,
+        seed,
+        analysis=analysis,
+        max_batches=max_batches,
+        max_cache_bytes=max_cache_bytes,
+    )
+    [table] = tables.values()
+    return table
+
+
+def score_criteria(
+    model: nn.Module,
+    criteria: Iterable[str | Criterion],
+    data: Any = None,
+    loss_fn: LossFunction | None = None,
+    example_inputs: Any = None,
+    granularity: str = "branch",
+    seed: int = 0,
+    *,
+    analysis: BlockAnalysis | None = None,
+    max_batches: int | None = None,
+    max_cache_bytes: int | None = None,
+) -> dict[str, ScoreTable]:
+    """Return the `ScoreTable` of each of several criteria, by name; equal to one at a time.
+
+    The blocks are looked for once, and the data read once. Criteria that look at what flows through
+    the blocks share one pass over it, and so do those that leave one block out.
+
+    Arguments, errors and warnings are those of `score_blocks`.
+
+    Example:
+        >>> import torch
+        >>> from blockprune.models import resnet20
+        >>> batch = torch.rand(20, 3, 32, 32), torch.arange(20) % 10
+        >>> sorted(score_criteria(resnet20(), ["expectabs", "block_influence"], batch))
+        ['block_influence', 'expectabs']
+    """
+    named = _named(criteria)
+    _check_limits(max_batches, max_cache_bytes)
     with isolated():
         seed_rng(seed)
         if example_inputs is not None:
@@ -112,19 +175,37 @@ def score_blocks(
             example = analysis.traced.call
         else:
             example = as_call(model, infer_example_inputs(model, seed=seed))
-        batches = None if data is None else batches_of(model, data, _device(model))
+        batches = None
+        if data is not None:
+            every = batches_of(model, data, _device(model))
+            batches = Replay(itertools.islice(every, max_batches))
         if analysis is None:
             analysis = find_blocks(model, example, granularity)
-        scores: dict[str, float] = {}
-        if analysis.blocks:
+        if not analysis.blocks:
+            scores: dict[str, dict[str, float]] = {name: {} for name in named}
+        else:
             # User hooks would see the scoring passes, so the copy leaves them behind.
-            private = copy_model(structural_copy(model)).eval()
-            _check_analysis(analysis, private)
-            context = ScoringContext(
-                private, analysis.blocks, batches, example, loss_fn=loss_fn, seed=seed
-            )
-            scores = _checked(name, function(context), analysis.names)
-    return ScoreTable(name, analysis.granularity, seed, scores, analysis.fingerprint)
+            hookless = structural_copy(model)
+            _check_analysis(analysis, hookless)
+
+            def context() -> ScoringContext:
+                return ScoringContext(
+                    copy_model(hookless).eval(),
+                    analysis.blocks,
+                    batches,
+                    example,
+                    analysis=analysis,
+                    loss_fn=loss_fn,
+                    seed=seed,
+                    max_cache_bytes=CACHE_BYTES if max_cache_bytes is None else max_cache_bytes,
+                )
+
+            found = evaluate(context, named)
+            scores = {n: _checked(n, found[n], analysis.names) for n in named}
+    return {
+        name: ScoreTable(name, analysis.granularity, seed, values, analysis.fingerprint)
+        for name, values in scores.items()
+    }
 
 
 def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
@@ -148,25 +229,29 @@ def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
     return batch.call, data
 
 
-def _named(criterion: str | Criterion) -> tuple[str, Criterion]:
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise CriterionError(
-                f"There is no criterion {criterion!r}.{close_names(criterion, CRITERIA)} "
-                f"Known: {', '.join(CRITERIA)}; or pass a callable."
-            )
-        return criterion, CRITERIA[criterion]
-    if not callable(criterion):
-        raise CriterionError(
-            f"A criterion is a name or a callable, not {type(criterion).__name__}. "
-            f"Known names: {', '.join(CRITERIA)}."
-        )
-    return str(getattr(criterion, "__name__", type(criterion).__name__)), criterion
-
-
 def _device(model: nn.Module) -> torch.device:
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _named(criteria: Iterable[str | Criterion]) -> dict[str, Criterion]:
+    named: dict[str, Criterion] = {}
+    for name, criterion in map(criterion_of, criteria):
+        if name in named:
+            raise CriterionError(f"Two criteria are called {name!r}; the tables go by name.")
+        named[name] = criterion
+    return named
+
+
+def _check_limits(max_batches: object, max_cache_bytes: object) -> None:
+    for name, value, least in (
+        ("max_batches", max_batches, 1),
+        ("max_cache_bytes", max_cache_bytes, 0),
+    ):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < least
+        ):
+            raise CriterionError(f"{name} is an int, {least} or more, or None; got {value!r}.")
 
 
 def _check_analysis(analysis: BlockAnalysis, model: nn.Module) -> None:

@@ -302,9 +302,7 @@ def test_a_model_without_blocks_has_no_scores() -> None:
 
 def test_every_criterion_of_the_table_satisfies_the_protocol() -> None:
     criteria: list[Criterion] = list(CRITERIA.values())
-    assert [type(criterion).__name__ for criterion in criteria] == [
-        "Random", "L1", "Snip", "Snip", "Grasp", "Grasp",
-    ]  # fmt: skip
+    assert all(map(callable, criteria))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

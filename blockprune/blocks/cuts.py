@@ -36,8 +36,8 @@ class Cuts:
         branches: name to cut, in order of execution.
         layers: name of a layer block to the names of its branches.
         bypasses: name of a layer that only goes as an approximation to the ways around it.
+        flows: of all regions, also of such as hold no branch.
 
-    `flows` are those of all regions, also of such as hold no branch.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Cuts:
         bypasses: Mapping[str, tuple[Cut, ...]],
         flows: Sequence[Flow],
     ) -> None:
-        self._flows = tuple(flows)
+        self.flows = tuple(flows)
         self.branches = dict(branches)
         self.layers = dict(layers)
         self.bypasses = dict(bypasses)
@@ -80,7 +80,7 @@ class Cuts:
         gone = [path for cut in cuts for path in cut.flow.modules_gone(cut.dead)]
         return frozenset(
             node
-            for flow in self._flows
+            for flow in self.flows
             if any(lies_in(flow.region.path, path) for path in gone)
             for node in flow.nodes
         )

@@ -8,31 +8,38 @@ next criterion it restores itself (`batch_statistics` does so for what a forward
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from blockprune.blocks import ResidualBlock
-from blockprune.errors import CriterionError, DataError, TraceError
+from blockprune.blocks import BlockAnalysis, ResidualBlock
+from blockprune.criteria.batches import Batch, Replay, batches_of
+from blockprune.criteria.losses import LossFunction, cross_entropy, divided, main_output, own_loss
+from blockprune.criteria.passes import Passes
+from blockprune.errors import CriterionError, DataError
 from blockprune.randomness import preserved_rng, seed_rng
-from blockprune.tracing import Call, as_call, map_tensors, tensors_in
+from blockprune.tracing import Call, copy_model, tensors_in
 
-__all__ = ["Batch", "Criterion", "LossFunction", "NoDataWarning", "ScoringContext", "main_output"]
-
-LossFunction = Callable[[Any, Any], Tensor]
+__all__ = [
+    "Batch",
+    "Criterion",
+    "LossFunction",
+    "NoDataWarning",
+    "ScoringContext",
+    "batches_of",
+    "main_output",
+    "total",
+]
 
 # Enough samples for batch statistics in each of GraSP's two halves.
 RANDOM_BATCH_SIZE = 16
-# torch's own convention for positions without a label.
-IGNORED_LABEL = -100
+# What the saved beginnings of leave-one-out passes may take unless the user says otherwise.
+CACHE_BYTES = 2**30
 
 
 class NoDataWarning(UserWarning):
@@ -53,33 +60,6 @@ class Criterion(Protocol):
         """Return the importance of each block of `context.blocks`, by name."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One call of the model, and the targets of its outputs.
-
-    Attributes:
-        call: the arguments, on the device of the model.
-        targets: whatever the loss function reads, on the same device.
-    """
-
-    call: Call
-    targets: Any
-
-    def __len__(self) -> int:
-        """Samples: the first dimension of the first tensor that has one."""
-        values = (self.call.args, self.call.kwargs, self.targets)
-        return next((len(tensor) for tensor in tensors_in(values) if tensor.dim()), 0)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Return samples `start` to `stop` of every tensor whose first dimension is the batch."""
-        size = len(self)
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[start:stop] if tensor.dim() and len(tensor) == size else tensor
-
-        return Batch(self.call.map(cut), map_tensors(self.targets, cut))
-
-
 class ScoringContext:
     """What a criterion works with.
 
@@ -87,6 +67,8 @@ class ScoringContext:
         model: a private deep copy of the model, without the user's hooks, in evaluation mode.
         blocks: the blocks to score, in order of execution.
         seed: for whatever a criterion draws.
+        example: a call that the model accepts.
+        max_cache_bytes: what a leave-one-out pass may keep of the dense one.
     """
 
     def __init__(
@@ -96,8 +78,10 @@ class ScoringContext:
         batches: Iterable[Batch] | None,
         example: Call,
         *,
+        analysis: BlockAnalysis | None = None,
         loss_fn: LossFunction | None = None,
         seed: int = 0,
+        max_cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Wrap a model that is already a private copy.
 
@@ -106,18 +90,34 @@ class ScoringContext:
             blocks: of an analysis of that model.
             batches: taken one at a time, when asked for; None: a random one is made.
             example: a call that the model accepts, to shape a random batch after.
-            loss_fn: `(outputs, targets) -> scalar`, given the model's own output; None: cross
-                entropy of the main output with integer targets.
+            analysis: that the blocks are of, for `passes`.
+            loss_fn: `(outputs, targets) -> scalar`, given the model's own output; None: the loss
+                that the model itself returns, else cross entropy of its main output.
             seed: of a random batch, and of every forward pass.
+            max_cache_bytes: bounds what leave-one-out passes keep; the scores are the same.
         """
         self.model = model
         self.blocks = tuple(blocks)
         self.seed = seed
-        self._example = example
+        self.example = example
+        self.max_cache_bytes = max_cache_bytes
+        self._analysis = analysis
         self._loss_fn = loss_fn
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._source = None if batches is None else iter(batches)
-        self._taken: list[Batch] = []
+        self._batches = None if batches is None else _kept(batches)
+
+    def fresh(self) -> ScoringContext:
+        """Return a context like this one, over a copy of the model as it is now."""
+        return ScoringContext(
+            copy_model(self.model),
+            self.blocks,
+            self._batches,
+            self.example,
+            analysis=self._analysis,
+            loss_fn=self._loss_fn,
+            seed=self.seed,
+            max_cache_bytes=self.max_cache_bytes,
+        )
 
     @property
     def batches(self) -> Iterator[Batch]:
@@ -131,21 +131,34 @@ class ScoringContext:
         Warns:
             NoDataWarning: the batch is random.
         """
-        if self._source is None:
+        if self._batches is None:
             warnings.warn(
                 "No data was given: the scores come from random inputs and random labels. "
                 "Pass data=(inputs, targets), or a DataLoader.",
                 NoDataWarning,
                 stacklevel=2,
             )
-            self._source = iter((self._random_batch(),))
-        for position in itertools.count():
-            if position == len(self._taken):
-                following = next(self._source, None)
-                if following is None:
-                    return
-                self._taken.append(following)
-            yield self._taken[position]
+            self._batches = _kept([self._random_batch()])
+        return iter(self._batches)
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Forward passes that see the blocks, or leave one out; for criteria of that kind."""
+        if self._analysis is None:
+            raise CriterionError(
+                "This criterion looks into the blocks while the model runs, so its context needs "
+                "the analysis they are of: ScoringContext(..., analysis=find_blocks(...))."
+            )
+        return Passes(self.model, self._analysis, self.blocks)
+
+    def all_batches(self) -> list[Batch]:
+        """Return every batch that holds samples, where there is one.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = [batch for batch in self.batches if len(batch)]
+        return found or [self.first_batch()]
 
     def first_batch(self) -> Batch:
         """Return the first batch: the papers' gradient criteria look at one.
@@ -168,12 +181,25 @@ class ScoringContext:
         """
         # A forward may write into its input, and a batch is read more than once.
         call = batch.call.map(lambda tensor: tensor.clone())
+        with self.running(batch):
+            return self.model(*call.args, **call.kwargs)
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """Run the model in here: with the context's random numbers, and an error that says of what.
+
+        Raises:
+            DataError: the model refuses the batch; its error is quoted.
+        """
         try:
             with preserved_rng():
                 seed_rng(self.seed)
-                return self.model(*call.args, **call.kwargs)
+                yield
+        except (CriterionError, DataError):
+            raise
         except Exception as error:
-            shapes = [tuple(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
+            given = tensors_in((batch.call.args, batch.call.kwargs))
+            shapes = [tuple(tensor.shape) for tensor in given]
             raise DataError(
                 f"{type(self.model).__name__} does not run on a batch of shape "
                 f"{', '.join(map(str, shapes)) or '(none)'}: {type(error).__name__}: {error}."
@@ -182,14 +208,20 @@ class ScoringContext:
     def loss(self, outputs: Any, targets: Any, *, temperature: float = 1.0) -> Tensor:
         """Return the scalar loss of the outputs, every floating-point one divided by `temperature`.
 
+        That is the user's loss function; else the loss that the model returns, having been given
+        labels among its inputs; else cross entropy.
+
         Raises:
-            CriterionError: the loss function fails, or what it returns is not one finite number.
+            CriterionError: the loss function fails, or what it returns is not one finite number;
+                or there are no labels for the default loss.
             DataError: the targets do not suit the default loss.
         """
         if temperature != 1.0:
-            outputs = _divided(outputs, temperature)
+            outputs = divided(outputs, temperature)
         if self._loss_fn is None:
-            loss = _cross_entropy(main_output(outputs), targets)
+            loss = own_loss(outputs)
+            if loss is None:
+                loss = cross_entropy(main_output(outputs), targets)
         else:
             try:
                 loss = self._loss_fn(outputs, targets)
@@ -208,6 +240,10 @@ class ScoringContext:
                 "Look for NaN or infinite values in the inputs, the targets and the weights."
             )
         return loss.reshape(())
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the parameter of that qualified name."""
+        return self._parameters[name]
 
     def weights(self, block: ResidualBlock) -> dict[str, nn.Parameter]:
         """Return the weights that a criterion scores a block by, each shared one once.
@@ -242,13 +278,15 @@ class ScoringContext:
         return _distinct({n: p for n, p in named if p.requires_grad and self._is_weight(n)})
 
     @contextmanager
-    def batch_statistics(self) -> Iterator[None]:
+    def batch_statistics(self, *others: nn.Module) -> Iterator[None]:
         """Let batch normalisation use the batch; afterwards modes and buffers are as before.
 
         Dropout and drop path stay off, so that a score does not depend on what was dropped.
+        That is in `model`, and in `others`, such as `passes.model`.
         """
         norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-        modes = {module: module.training for module in self.model.modules()}
+        models = (self.model, *others)
+        modes = {module: module.training for model in models for module in model.modules()}
         buffers = [
             (module._buffers, name, buffer, buffer.clone())
             for module in modes
@@ -273,7 +311,7 @@ class ScoringContext:
         return sum(size > 1 for size in self._parameters[name].shape) >= 2
 
     def _random_batch(self) -> Batch:
-        given = (*self._example.args, *self._example.kwargs.values())
+        given = (*self.example.args, *self.example.kwargs.values())
         size = next((len(v) for v in given if isinstance(v, Tensor) and v.dim()), 0)
         if size == 0:
             raise DataError(
@@ -294,8 +332,8 @@ class ScoringContext:
             return noise.to(value)
 
         call = Call(
-            tuple(resample(value) for value in self._example.args),
-            {name: resample(value) for name, value in self._example.kwargs.items()},
+            tuple(resample(value) for value in self.example.args),
+            {name: resample(value) for name, value in self.example.kwargs.items()},
         )
         with torch.no_grad():
             logits = main_output(self.outputs(Batch(call, None)))
@@ -309,71 +347,16 @@ class ScoringContext:
         return Batch(call, labels.to(logits.device))
 
 
-def main_output(outputs: Any) -> Tensor:
-    """Return the first floating-point tensor of a model's output, however nested.
-
-    Raises:
-        CriterionError: there is none.
-
-    Example:
-        >>> import torch
-        >>> main_output({"mask": torch.tensor([True]), "logits": torch.tensor([[2.0]])})
-        tensor([[2.]])
-    """
-    for tensor in tensors_in(outputs):
-        if tensor.is_floating_point():
-            found: Tensor = tensor
-            return found
-    raise CriterionError(
-        f"The model's output ({type(outputs).__name__}) holds no floating-point tensor to take "
-        "a loss of. Pass a loss_fn that knows what to do with it."
-    )
-
-
 def total(tensor: Tensor) -> float:
     """Return the sum of a tensor, added up in double precision wherever the tensor lies."""
-    return float(tensor.detach().cpu().sum(dtype=torch.float64))
+    # Apple's GPUs have no double precision.
+    values = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()
+    return float(values.sum(dtype=torch.float64))
 
 
-def batches_of(model: nn.Module, data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of `data`: one `(inputs, targets)` pair, or an iterable of them.
-
-    A tuple or list of two is one pair where its first item is a tensor or a dict, or its second
-    a tensor; otherwise it is an iterable.
-
-    Raises:
-        DataError: an item is not a pair, or its inputs are no arguments of the model.
-    """
-    if _is_pair(data):
-        data = [data]
-    elif isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
-        raise DataError(
-            f"data must be an (inputs, targets) pair or an iterable of them, such as a DataLoader; "
-            f"got {type(data).__name__}."
-        )
-    for position, item in enumerate(data):
-        if not (isinstance(item, tuple | list) and len(item) == 2):
-            size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
-            raise DataError(
-                f"batch {position} of the data is a {type(item).__name__}{size}, "
-                "not an (inputs, targets) pair."
-            )
-        inputs, targets = item
-        try:
-            call = as_call(model, inputs)
-        except TraceError as error:
-            raise DataError(f"batch {position} of the data: {error}") from error
-        yield Batch(
-            call.map(lambda tensor: tensor.detach().to(device)),
-            map_tensors(targets, lambda tensor: tensor.detach().to(device)),
-        )
-
-
-def _is_pair(data: Any) -> bool:
-    if not (isinstance(data, tuple | list) and len(data) == 2):
-        return False
-    inputs, targets = data
-    return isinstance(inputs, Tensor | Mapping) or isinstance(targets, Tensor)
+def _kept(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return batches that can be read again; a list or a `Replay` can."""
+    return batches if isinstance(batches, list | Replay) else Replay(batches)
 
 
 def _distinct(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -381,58 +364,3 @@ def _distinct(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]
     for name, parameter in parameters.items():
         first_names.setdefault(id(parameter), name)
     return {name: parameters[name] for name in first_names.values()}
-
-
-def _divided(outputs: Any, divisor: float) -> Any:
-    """Divide every floating-point tensor of a nested output; types are kept."""
-    if isinstance(outputs, Tensor):
-        return outputs / divisor if outputs.is_floating_point() else outputs
-    if isinstance(outputs, dict):
-        divided: Any = copy.copy(outputs)
-        for key, value in outputs.items():
-            divided[key] = _divided(value, divisor)
-        return divided
-    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        divided = copy.copy(outputs)
-        for field in dataclasses.fields(outputs):
-            # Frozen dataclasses refuse setattr; this is a fresh copy.
-            object.__setattr__(divided, field.name, _divided(getattr(outputs, field.name), divisor))
-        return divided
-    if isinstance(outputs, list):
-        return [_divided(value, divisor) for value in outputs]
-    if isinstance(outputs, tuple):
-        values = [_divided(value, divisor) for value in outputs]
-        return type(outputs)(*values) if hasattr(outputs, "_fields") else tuple(values)
-    return outputs
-
-
-def _cross_entropy(logits: Tensor, targets: Any) -> Tensor:
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-        found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise DataError(
-            f"The default loss is cross entropy with integer class labels; the targets are {found}."
-            " Pass the loss_fn that they are for."
-        )
-    if logits.dim() > 2 and _class_second(logits) != targets.shape == logits.shape[:-1]:
-        # Sequence models put the classes last.
-        logits = logits.movedim(-1, 1)
-    classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
-    labels = targets[targets != IGNORED_LABEL]
-    # CUDA would answer a label out of range by an assertion that ends the process.
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        raise DataError(
-            f"The targets hold class labels from {int(labels.min())} to {int(labels.max())}, and "
-            f"the model's output has {classes} classes: labels go from 0 to {classes - 1}."
-        )
-    try:
-        return functional.cross_entropy(logits, targets.long(), ignore_index=IGNORED_LABEL)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"Cross entropy of an output of shape {tuple(logits.shape)} with targets of shape "
-            f"{tuple(targets.shape)} fails: {error}. Pass a loss_fn, or targets that are class "
-            "labels of that output."
-        ) from error
-
-
-def _class_second(logits: Tensor) -> torch.Size:
-    return torch.Size((logits.shape[0], *logits.shape[2:]))

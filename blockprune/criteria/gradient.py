@@ -1,17 +1,21 @@
-"""Criteria that read gradients of the loss, at initialisation or later.
+"""Criteria that read gradients of the loss with respect to the weights.
 
 Let `theta` be the weights of the model, `L` the loss on one batch, `g = dL/dtheta` and `H` the
 Hessian. Removing weight `q` moves theta by `-theta_q` along its axis.
 
-* How much does the loss change? To first order `|theta_q g_q|`: **SNIP**.
+* How much does the loss change? To first order `|theta_q g_q|`: **SNIP** on one batch, **Taylor**
+  on all of them.
 * How much does the *gradient flow* `||g||^2`, which is what the next training step gains,
   change? A step `d` changes it by `2 d.Hg`, so removal changes it by `-2 theta_q (Hg)_q`.
   Where that is positive, training profits. **GraSP** therefore prunes the highest
   `-theta_q (Hg)_q`; as an importance, where the lowest goes first, it is `+theta_q (Hg)_q`.
+* How much of the gradient flow is this block's own? **Gradient norm**.
 
-Both are taken with batch normalisation in training mode. There a filter's scale has no effect on
-the loss, so that `sum theta g = 0` and `sum theta Hg = -||g||^2` over each filter; with running
-statistics at initialisation the signs flip and magnitudes explode. Dropout and drop path stay off.
+SNIP, GraSP and the gradient norm judge a network before it is trained, so they are taken with
+batch normalisation in training mode. There a filter's scale has no effect on the loss, so that
+`sum theta g = 0` and `sum theta Hg = -||g||^2` over each filter; with running statistics at
+initialisation the signs flip and magnitudes explode. Taylor judges what training made of the
+weights, as they will be used: in evaluation mode. Dropout and drop path stay off in both.
 
 A block's score is the mean (or sum) of those numbers over its weights. The mean of GraSP is what
 gives the removal patterns of papers/000; sums follow the sizes of the layers.
@@ -20,34 +24,43 @@ gives the removal patterns of papers/000; sums follow the sizes of the layers.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockprune.criteria.base import Batch, ScoringContext, total
+from blockprune.criteria.derivatives import (
+    Aggregation,
+    ZeroScoresWarning,
+    by_block,
+    check_aggregation,
+    distinct,
+    failures,
+    gradient_of,
+    loss_of,
+    running_statistics,
+    summed,
+    warn_if_all_zero,
+)
 from blockprune.errors import CriterionError, DataError
 
-__all__ = ["Grasp", "Snip", "ZeroScoresWarning"]
-
-Aggregation = Literal["mean", "sum"]
-Weights = dict[str, nn.Parameter]
-
-
-class ZeroScoresWarning(UserWarning):
-    """Every block scores exactly 0, so the criterion ranks nothing."""
+__all__ = ["GradNorm", "Grasp", "Snip", "Taylor", "ZeroScoresWarning"]
 
 
 @dataclass(frozen=True)
 class Snip:
     """SNIP: `|theta * dL/dtheta|` of each weight, over one batch.
 
-    Absolute values are taken before aggregating.
+    Absolute values are taken before aggregating. For the weights `theta` of the block, of any
+    shape, in the unit of the loss::
+
+        score = mean (or sum) of  |theta * g|
+
+    Reads the first batch, with labels. Made for a network at initialisation; needs no training.
 
     Args:
         aggregation: "mean" or "sum" over the weights of the block.
@@ -56,23 +69,126 @@ class Snip:
         CriterionError: all weights of a block are frozen, or the loss is not finite.
         DataError: no data, or data that the model refuses.
 
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.models import resnet20
+        >>> data = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        >>> len(score_blocks(resnet20(), Snip("sum"), data).scores)
+        7
+
     Source: Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", 2019.
     """
 
+    needs: ClassVar[str] = "labels"
     aggregation: Aggregation = "mean"
 
     def __post_init__(self) -> None:
-        _check(self.aggregation)
+        check_aggregation(self.aggregation)
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from the first batch."""
         blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
-        theta = _distinct(blocks.values())
+        theta = distinct(blocks.values())
         batch = context.first_batch()
-        with torch.enable_grad(), context.batch_statistics(), _failures("snip"):
-            gradient = _gradient(context, batch, theta, temperature=1.0)
-        saliency = [(w.detach() * g).abs() for w, g in zip(theta, gradient, strict=True)]
-        return _aggregated(blocks, theta, saliency, self.aggregation)
+        with torch.enable_grad(), context.batch_statistics(), failures("snip"):
+            gradient = gradient_of(loss_of(context, batch), theta)
+        scores = by_block(blocks, theta, map(_sensitivity, theta, gradient), self.aggregation)
+        warn_if_all_zero(scores)
+        return scores
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Taylor: `|theta * sum over batches of dL/dtheta|` of each weight.
+
+    The first-order estimate of how the loss over all batches changes without the weight. For the
+    weights `theta` of the block, of any shape, and batches `b`, in the unit of the loss::
+
+        score = sum (or mean) of  |theta * sum over b of g_b|
+
+    Signs of different batches cancel, absolute values are taken weight by weight. Each batch counts
+    once, so the score grows with their number, and batches of equal size weigh samples equally.
+
+    Reads every batch, with labels, at one forward and backward each, in evaluation mode. Made for a
+    trained network: before training, running statistics say nothing yet, and SNIP does better.
+
+    Args:
+        aggregation: "sum" or "mean" over the weights of the block.
+
+    Raises (when called):
+        CriterionError: all weights of a block are frozen, or the loss is not finite.
+        DataError: no data, or data that the model refuses.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.models import resnet20
+        >>> images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        >>> batches = list(zip(images.split(10), labels.split(10)))
+        >>> len(score_blocks(resnet20(), Taylor(), batches).scores)
+        7
+
+    Source: Kim et al., "Shortened LLaMA: a simple depth pruning for large language models", 2024.
+    """
+
+    needs: ClassVar[str] = "labels"
+    aggregation: Aggregation = "sum"
+
+    def __post_init__(self) -> None:
+        check_aggregation(self.aggregation)
+
+    def __call__(self, context: ScoringContext) -> dict[str, float]:
+        """Return the score of each block, from all batches."""
+        blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
+        theta = distinct(blocks.values())
+        with torch.enable_grad(), running_statistics(context), failures("taylor"):
+            gradient = _total_gradient(context, theta)
+        scores = by_block(blocks, theta, map(_sensitivity, theta, gradient), self.aggregation)
+        warn_if_all_zero(scores)
+        return scores
+
+
+@dataclass(frozen=True)
+class GradNorm:
+    """Gradient norm: the L2 norm of the gradient of each layer, summed over the block's layers.
+
+    For the weights `W` of the block, of any shape, and batches `b`, in units of loss per weight::
+
+        score = sum over W of  ||sum over b of dL_b/dW||_2
+
+    A weight tensor is a layer; an attention's joint input projection is one.
+
+    Reads every batch, with labels, at one forward and backward each, with batch normalisation in
+    training mode. Made for a network at initialisation, where it tells what training will move
+    first; it says nothing at a minimum, where gradients vanish.
+
+    Raises (when called):
+        CriterionError: all weights of a block are frozen, or the loss is not finite.
+        DataError: no data, or data that the model refuses.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.models import resnet20
+        >>> data = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        >>> len(score_blocks(resnet20(), GradNorm(), data).scores)
+        7
+
+    Source: Abdelfattah et al., "Zero-cost proxies for lightweight NAS", 2021.
+    """
+
+    needs: ClassVar[str] = "labels"
+
+    def __call__(self, context: ScoringContext) -> dict[str, float]:
+        """Return the score of each block, from all batches."""
+        blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
+        theta = distinct(blocks.values())
+        with torch.enable_grad(), context.batch_statistics(), failures("grad_norm"):
+            gradient = _total_gradient(context, theta)
+        scores = by_block(blocks, theta, map(_norm, gradient))
+        warn_if_all_zero(scores)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -81,11 +197,15 @@ class Grasp:
 
     With `g` the sum of the gradients of both halves, for each half `h`::
 
-        z_h = g . dL_h/dtheta           (g held constant)
-        Hg  = sum over h of dz_h/dtheta
+        z_h   = g . dL_h/dtheta           (g held constant)
+        Hg    = sum over h of dz_h/dtheta
+        score = mean (or sum) of  theta * Hg   over the weights of the block, of any shape
 
     `theta` are all convolution and linear weights of the model, the losses those of logits
-    divided by `temperature`.
+    divided by `temperature`. The unit is that of the loss, squared, over that of a weight, squared.
+
+    Reads the first batch, with labels; ten samples of each class are usual. Made for a network at
+    initialisation; needs no training.
 
     Args:
         aggregation: "mean" or "sum" over the weights of the block.
@@ -96,71 +216,80 @@ class Grasp:
             operation of the model cannot be differentiated twice.
         DataError: no data, fewer than two samples, or data that the model refuses.
 
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.models import resnet20
+        >>> data = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        >>> len(score_blocks(resnet20(), Grasp(temperature=1.0), data).scores)
+        7
+
     Source: Wang et al., "Picking winning tickets before training by preserving gradient flow",
     2020.
     """
 
+    needs: ClassVar[str] = "labels"
     aggregation: Aggregation = "mean"
     temperature: float = 200.0
 
     def __post_init__(self) -> None:
-        _check(self.aggregation)
+        check_aggregation(self.aggregation)
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from the first batch."""
         blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
-        theta = _distinct((*blocks.values(), context.all_trainable_weights()))
+        theta = distinct((*blocks.values(), context.all_trainable_weights()))
         halves = _halves(context.first_batch())
         # Fused attention kernels have no second derivative; the plain one does.
         with (
             torch.enable_grad(),
             context.batch_statistics(),
             sdpa_kernel(SDPBackend.MATH),
-            _failures("grasp"),
+            failures("grasp"),
         ):
-            gradient = _summed(_gradient(context, h, theta, self.temperature) for h in halves)
-            product = _summed(
-                _hessian_product(context, h, theta, gradient, self.temperature) for h in halves
+            gradient = summed(
+                gradient_of(loss_of(context, half, self.temperature), theta) for half in halves
             )
-        saliency = [w.detach() * hg for w, hg in zip(theta, product, strict=True)]
-        return _aggregated(blocks, theta, saliency, self.aggregation)
+            # Sums over each weight, for the products of one half need not wait for the other's.
+            terms = [
+                _saliencies(loss_of(context, half, self.temperature), theta, gradient)
+                for half in halves
+            ]
+        values = map(math.fsum, zip(*terms, strict=True))
+        scores = by_block(blocks, theta, values, self.aggregation)
+        warn_if_all_zero(scores)
+        return scores
 
 
-def _gradient(
-    context: ScoringContext,
-    batch: Batch,
-    theta: Sequence[nn.Parameter],
-    temperature: float,
-    *,
-    differentiable: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return dL/dtheta; a weight that the loss does not reach has gradient 0."""
-    loss = context.loss(context.outputs(batch), batch.targets, temperature=temperature)
-    if not loss.requires_grad:
-        raise CriterionError(
-            "The loss does not depend on any weight: the model's output, or the loss_fn, is "
-            "detached from the graph."
-        )
-    return torch.autograd.grad(
-        loss, theta, create_graph=differentiable, allow_unused=True, materialize_grads=True
-    )
+def _total_gradient(context: ScoringContext, theta: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the sum over all batches of dL/dtheta; no graph outlives its batch."""
+    return summed(gradient_of(loss_of(context, batch), theta) for batch in context.all_batches())
 
 
-def _hessian_product(
-    context: ScoringContext,
-    batch: Batch,
-    theta: Sequence[nn.Parameter],
-    vector: Sequence[Tensor],
-    temperature: float,
-) -> tuple[Tensor, ...]:
-    """Return d(vector . dL/dtheta)/dtheta."""
-    gradient = _gradient(context, batch, theta, temperature, differentiable=True)
+def _sensitivity(weight: Tensor, gradient: Tensor) -> float:
+    """Return the sum of |weight * gradient|."""
+    return total((weight.detach() * gradient).abs_())
+
+
+def _norm(gradient: Tensor) -> float:
+    """Return ||gradient||_2 in double precision, in which no square vanishes."""
+    # Metal has no double precision.
+    within_reach = gradient.cpu() if gradient.device.type == "mps" else gradient
+    return float(torch.linalg.vector_norm(within_reach, dtype=torch.float64))
+
+
+def _saliencies(
+    loss: Tensor, theta: Sequence[nn.Parameter], vector: Sequence[Tensor]
+) -> list[float]:
+    """Return the sum of theta * d(vector . dloss/dtheta)/dtheta over each weight tensor."""
+    gradient = gradient_of(loss, theta, differentiable=True)
     z = torch.stack([(v * g).sum() for v, g in zip(vector, gradient, strict=True)]).sum()
     if not z.requires_grad:
         # A loss that is linear in the weights: its Hessian is zero.
-        return tuple(torch.zeros_like(weight) for weight in theta)
+        return [0.0] * len(theta)
     _check_differentiable(z)
-    return torch.autograd.grad(z, theta, allow_unused=True, materialize_grads=True)
+    product = gradient_of(z, theta)
+    return [total(w.detach() * hg) for w, hg in zip(theta, product, strict=True)]
 
 
 def _check_differentiable(z: Tensor) -> None:
@@ -186,10 +315,6 @@ def _check_differentiable(z: Tensor) -> None:
         waiting.extend(following for following, _ in node.next_functions)
 
 
-def _summed(terms: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(tensors).sum(0) for tensors in zip(*terms, strict=True))
-
-
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
     size = len(batch)
     if size < 2:
@@ -198,51 +323,3 @@ def _halves(batch: Batch) -> tuple[Batch, Batch]:
             "Ten of each class are usual."
         )
     return batch.part(0, size // 2), batch.part(size // 2, size)
-
-
-def _distinct(groups: Iterable[Weights]) -> list[nn.Parameter]:
-    """Return the weights of all groups, each once, whatever names it goes by."""
-    return list({id(weight): weight for group in groups for weight in group.values()}.values())
-
-
-def _aggregated(
-    blocks: Mapping[str, Weights],
-    theta: Sequence[nn.Parameter],
-    saliency: Sequence[Tensor],
-    aggregation: Aggregation,
-) -> dict[str, float]:
-    totals = {id(weight): total(values) for weight, values in zip(theta, saliency, strict=True)}
-    scores = {}
-    for block, weights in blocks.items():
-        summed = math.fsum(totals[id(weight)] for weight in weights.values())
-        count = sum(weight.numel() for weight in weights.values())
-        scores[block] = summed / count if aggregation == "mean" else summed
-    if scores and not any(scores.values()):
-        warnings.warn(
-            f"Every one of the {len(scores)} blocks scores 0, so a plan takes them in order of "
-            "execution. Where the last normalisation or gain of each branch starts at zero "
-            "(zero_init_residual, zero_init_last, skip-init), no gradient reaches the rest of it: "
-            "score after some training, or use a criterion without gradients, such as 'l1'.",
-            ZeroScoresWarning,
-            stacklevel=3,
-        )
-    return scores
-
-
-def _check(aggregation: str) -> None:
-    if aggregation not in ("mean", "sum"):
-        raise CriterionError(f"aggregation is 'mean' or 'sum', not {aggregation!r}.")
-
-
-@contextmanager
-def _failures(criterion: str) -> Iterator[None]:
-    """Turn what autograd raises into an error that names the criterion."""
-    try:
-        yield
-    except (CriterionError, DataError):
-        raise
-    except RuntimeError as error:
-        raise CriterionError(
-            f"{criterion} cannot differentiate this model: {error}. "
-            "Use a criterion that asks for fewer derivatives: 'snip' takes one, 'l1' none."
-        ) from error

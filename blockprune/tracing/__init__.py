@@ -6,7 +6,7 @@ from blockprune.tracing.calls import Call, as_call, copy_of_state, refused
 from blockprune.tracing.conditions import expect_condition
 from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
 from blockprune.tracing.facts import Facts
-from blockprune.tracing.interpreting import CallInterpreter
+from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.regions import NOT_EXECUTED, LeafModules, Region, TracedModel, trace_model
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
@@ -23,6 +23,7 @@ __all__ = [
     "TracedModel",
     "as_call",
     "assemble",
+    "bound_values",
     "copy_graph",
     "copy_model",
     "copy_of_state",

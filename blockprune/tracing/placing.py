@@ -20,7 +20,7 @@ class Followed(nn.Module):
         self,
         module: nn.Module,
         graph: fx.Graph,
-        interpreter: type[CallInterpreter] = CallInterpreter,
+        interpreter: Callable[..., CallInterpreter] = CallInterpreter,
     ) -> None:
         super().__init__()
         self.module = module

@@ -57,4 +57,5 @@ def context(model: nn.Module, inputs: Any, targets: Any = None, **options: Any) 
     call: Call = as_call(model, inputs)
     analysis = find_blocks(model, call)
     batches = None if targets is None else [Batch(call, targets)]
+    options.setdefault("analysis", analysis)
     return ScoringContext(copy_model(model).eval(), analysis.blocks, batches, call, **options)

@@ -335,13 +335,43 @@ def test_data_is_a_pair_or_an_iterable_of_pairs() -> None:
     assert [batch.targets.item() for batch in batches(loader)] == [0, 1]
 
 
+def test_inputs_alone_are_batches_without_labels() -> None:
+    x = torch.zeros(2, 2)
+    for data in (x, {"input": x}, [x, x, x], iter([{"input": x}]), [{"input": x}, {"input": x}]):
+        assert all(batch.targets is None for batch in batches(data))
+    assert [len(batches(data)) for data in (x, [x, x, x], [{"input": x}, {"input": x}])] == [
+        1,
+        3,
+        2,
+    ]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=1)
+    assert [(len(batch), batch.targets) for batch in batches(loader)] == [(1, None), (1, None)]
+    assert batches((x, None))[0].targets is None
+
+
+def test_no_labels_where_the_loss_needs_them() -> None:
+    with pytest.raises(CriterionError, match="needs labels, and the batch has none"):
+        context(Net(), pair(2)[0]).loss(LOGITS, None)
+
+
+def test_the_loss_that_a_model_returns_comes_before_the_default_and_behind_the_users() -> None:
+    own = {"loss": torch.tensor(7.0), "logits": LOGITS}
+    labels = torch.tensor([1])
+    scoring = context(Net(), pair(2)[0])
+    assert scoring.loss(own, None) == 7
+    assert scoring.loss(own, labels) == 7
+    assert scoring.loss(own, None, temperature=2) == 3.5
+    assert scoring.loss({"loss": None, "logits": LOGITS}, labels) == scoring.loss(LOGITS, labels)
+    explicit = context(Net(), pair(2)[0], loss_fn=lambda out, y: out["logits"].sum())
+    assert explicit.loss(own, None) == 6
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (torch.zeros(2), "data must be .* got Tensor"),
         (3, "data must be .* got int"),
         ("digits", "data must be .* got str"),
-        ([torch.zeros(2, 2)], "batch 0 .* is a Tensor, not"),
+        ([3, 4, 5], "batch 0 .* is a int, not"),
         ([(1, 2), (1, 2, 3)], "batch 0 .*example_inputs must be"),
         ([(torch.zeros(2, 2), 0), (1, 2, 3)], "batch 1 .* is a tuple of 3"),
         (((1, 2), torch.zeros(2)), "batch 0 .*does not take the example inputs"),

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blockprune.blocks import ResidualBlock, find_blocks
-from blockprune.criteria import CRITERIA, Grasp, Snip, ZeroScoresWarning
+from blockprune.criteria import CRITERIA, Criterion, Grasp, ScoringContext, Snip, ZeroScoresWarning
+from blockprune.criteria.gradient import GradNorm, Taylor
 from blockprune.errors import CriterionError, DataError
+from tests.criteria.batched import TokenNet, assert_untouched, batched, split, tokens
 from tests.criteria.nets import Net, context, pair
 
 TEMPERATURE = 200.0
@@ -97,6 +99,192 @@ def test_against_a_direct_computation(
     scores = CRITERIA[name](context(model, images, labels))
     expected = by_block(direct(model, images, labels), aggregate)
     assert scores == pytest.approx(expected, rel=1e-10)
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def accumulated(model: nn.Module, pairs: Pairs, *, training: bool) -> dict[str, Tensor]:
+    """What `backward` leaves in `.grad` of each parameter after all batches."""
+    model = copy.deepcopy(model).train(training)
+    model.zero_grad()
+    for inputs, labels in pairs:
+        functional.cross_entropy(model(inputs), labels).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def matrices(model: nn.Module, block: ResidualBlock) -> dict[str, Tensor]:
+    """The weights of a block of any of the nets here: what has two dimensions or more."""
+    own = {name: model.get_parameter(name) for name in block.parameters}
+    return {name: weight.detach() for name, weight in own.items() if weight.dim() > 1}
+
+
+def direct_taylor(scoring: ScoringContext, model: nn.Module, pairs: Pairs) -> dict[str, float]:
+    """Sum of |w * sum g| by block, in evaluation mode."""
+    gradient = accumulated(model, pairs, training=False)
+    return {
+        block.name: sum(
+            float((weight * gradient[name]).abs().sum(dtype=torch.float64))
+            for name, weight in matrices(model, block).items()
+        )
+        for block in scoring.blocks
+    }
+
+
+def direct_grad_norm(scoring: ScoringContext, model: nn.Module, pairs: Pairs) -> dict[str, float]:
+    """Sum of ||sum g|| by block, in training mode."""
+    gradient = accumulated(model, pairs, training=True)
+    return {
+        block.name: sum(
+            float(gradient[name].double().square().sum().sqrt()) for name in matrices(model, block)
+        )
+        for block in scoring.blocks
+    }
+
+
+def image_net(dtype: torch.dtype) -> tuple[nn.Module, Pairs]:
+    """Trained enough for its running statistics to differ from what they start at."""
+    model, (images, labels) = Net().to(dtype), pair(13)
+    with torch.no_grad():
+        model.train()(images.to(dtype) * 2 + 1)
+    return model, split((images.to(dtype), labels), 5, 6, 2)
+
+
+def attention_net(dtype: torch.dtype) -> tuple[nn.Module, Pairs]:
+    model = torchvision.models.VisionTransformer(
+        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8,
+        num_classes=3,
+    ).to(dtype)  # fmt: skip
+    nn.init.normal_(model.heads.head.weight)
+    return model, split((torch.randn(5, 3, 8, 8, dtype=dtype), torch.arange(5) % 3), 2, 3)
+
+
+def token_net(dtype: torch.dtype) -> tuple[nn.Module, Pairs]:
+    return TokenNet().to(dtype), split(tokens(), 4, 2)
+
+
+def inplace_net(dtype: torch.dtype) -> tuple[nn.Module, Pairs]:
+    """A ReLU that writes into the convolution's output, and one behind the merge."""
+
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = (x + block.conv2(block.conv1(x).relu_())).relu_()
+            logits: Tensor = self.fc(x.mean((2, 3)))
+            return logits
+
+    images, labels = pair(6)
+    return InPlace().to(dtype), split((images.to(dtype), labels), 4, 2)
+
+
+def shared_net(dtype: torch.dtype) -> tuple[nn.Module, Pairs]:
+    """Two blocks, and two layers of one of them, with one weight."""
+    model, pairs = image_net(dtype)
+    first, second, _ = model.blocks
+    second.conv1.weight = second.conv2.weight = first.conv1.weight
+    return model, pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("net", [image_net, attention_net, token_net, inplace_net])
+@pytest.mark.parametrize(
+    ("criterion", "direct"), [(Taylor(), direct_taylor), (GradNorm(), direct_grad_norm)]
+)
+def test_several_batches_against_a_direct_computation(
+    criterion: Criterion,
+    direct: Callable[[ScoringContext, nn.Module, Pairs], dict[str, float]],
+    net: Callable[[torch.dtype], tuple[nn.Module, Pairs]],
+    dtype: torch.dtype,
+) -> None:
+    model, pairs = net(dtype)
+    scoring = batched(model, pairs)
+    expected = direct(scoring, model, pairs)
+    assert len(expected) >= 2
+    assert all(expected.values())
+    rel = 1e-10 if dtype == torch.float64 else 1e-4
+    assert criterion(scoring) == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "value"),
+    [
+        (Taylor(), lambda weight, gradient: (weight * gradient).abs().sum()),
+        (GradNorm(), lambda weight, gradient: gradient.norm()),
+    ],
+)
+def test_a_shared_weight_counts_once_in_each_block(
+    criterion: Criterion, value: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model, pairs = shared_net(torch.float64)
+    gradient = accumulated(model, pairs, training=isinstance(criterion, GradNorm))
+    names = {
+        "blocks.0": ("blocks.0.conv1.weight", "blocks.0.conv2.weight"),
+        "blocks.1": ("blocks.0.conv1.weight",),
+        "blocks.2": ("blocks.2.conv1.weight", "blocks.2.conv2.weight"),
+    }
+    expected = {
+        block: sum(float(value(model.get_parameter(n).detach(), gradient[n])) for n in own)
+        for block, own in names.items()
+    }
+    assert criterion(batched(model, pairs)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_taylor_of_batches_of_one_size_is_that_of_one_batch() -> None:
+    model, _ = image_net(torch.float64)
+    whole = pair(12)
+    one = Taylor()(batched(model, [whole]))
+    for sizes in ((4, 4, 4), (1,) * 12):
+        parts = Taylor()(batched(model, split(whole, *sizes)))
+        expected = {block: score * len(sizes) for block, score in one.items()}
+        assert parts == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_mean_of_taylor_is_its_sum_over_the_number_of_weights() -> None:
+    model, pairs = image_net(torch.float64)
+    expected = {b: s / (2 * 4 * 4 * 9) for b, s in Taylor()(batched(model, pairs)).items()}
+    assert Taylor("mean")(batched(model, pairs)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_of_opposite_batches_cancel() -> None:
+    images, _ = pair(4)
+
+    def signed(outputs: Tensor, sign: Tensor) -> Tensor:
+        return outputs.square().mean() * sign
+
+    pairs = [(images, torch.tensor(1.0)), (images, torch.tensor(-1.0))]
+    for criterion in (Taylor(), GradNorm()):
+        assert all(criterion(batched(Net(), pairs[:1], loss_fn=signed)).values())
+        with pytest.warns(ZeroScoresWarning):
+            scores = criterion(batched(Net(), pairs, loss_fn=signed))
+        assert set(scores.values()) == {0}
+
+
+def test_a_tiny_gradient_has_a_norm() -> None:
+    images, labels = pair(4)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets) * 1e-25
+
+    model = Net().float()
+    plain = GradNorm()(context(model, images.float(), labels))
+    tiny = GradNorm()(context(model, images.float(), labels, loss_fn=loss))
+    expected = {block: score * 1e-25 for block, score in plain.items()}
+    assert tiny == pytest.approx(expected, rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("criterion", [Snip(), Grasp(), Taylor(), GradNorm()])
+def test_the_model_is_untouched(criterion: Criterion) -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    assert_untouched(batched(Counting(), split(pair(), 8, 4)), criterion)
 
 
 def test_grasp_against_finite_differences_of_the_gradient() -> None:
@@ -201,7 +389,7 @@ def test_a_block_that_the_loss_does_not_reach_scores_zero() -> None:
     blocks = find_blocks(Net(), images).blocks
     scoring = context(model, images, labels)
     scoring.blocks = blocks
-    for criterion in (Snip(), Grasp()):
+    for criterion in (Snip(), Grasp(), Taylor(), GradNorm()):
         scores = criterion(scoring)
         assert scores["blocks.2"] == 0
         assert scores["blocks.0"] != 0
@@ -224,7 +412,7 @@ def test_frozen_weights_are_left_out_and_a_frozen_block_is_named() -> None:
     expected = direct_snip(model, images, labels)
     assert scores == pytest.approx(by_block(expected, torch.sum), rel=1e-10)
     model.blocks[1].conv2.weight.requires_grad_(False)
-    for criterion in (Snip(), Grasp()):
+    for criterion in (Snip(), Grasp(), Taylor(), GradNorm()):
         with pytest.raises(CriterionError, match=r"'blocks\.1'.*all of its weights.*frozen"):
             criterion(context(model, images, labels))
 
@@ -288,11 +476,29 @@ def test_an_error_of_autograd_is_quoted() -> None:
 def test_a_detached_output_is_reported() -> None:
     images, labels = pair()
     scoring = context(Net(), images, labels, loss_fn=lambda out, y: out.detach().sum())
-    with pytest.raises(CriterionError, match="does not depend on any weight"):
-        Snip()(scoring)
+    for criterion in (Snip(), Taylor(), GradNorm()):
+        with pytest.raises(CriterionError, match="does not depend on any weight"):
+            criterion(scoring)
+
+
+@pytest.mark.parametrize("criterion", [Snip(), Grasp(), Taylor(), GradNorm()])
+def test_without_labels_or_a_finite_loss_there_is_no_score(criterion: Criterion) -> None:
+    images, labels = pair()
+    with pytest.raises(CriterionError, match="needs labels"):
+        criterion(batched(Net(), [(images, None)]))
+    images[0] = torch.nan
+    with pytest.raises(CriterionError, match="loss is nan"):
+        criterion(batched(Net(), [(images, labels)], example=torch.zeros_like(images)))
+
+
+def test_no_batch_is_an_error() -> None:
+    images, _ = pair(2)
+    for criterion in (Snip(), Grasp(), Taylor(), GradNorm()):
+        with pytest.raises(DataError, match="empty"):
+            criterion(batched(Net(), [], example=images))
 
 
 def test_unknown_aggregation() -> None:
-    for criterion in (Snip, Grasp):
+    for criterion in (Snip, Grasp, Taylor):
         with pytest.raises(CriterionError, match="'mean' or 'sum', not 'max'"):
             criterion("max")  # type: ignore[arg-type]

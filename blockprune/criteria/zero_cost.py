@@ -1,0 +1,211 @@
+"""Zero-cost proxies: scores of a whole untrained network, from one batch.
+
+They were made to rank networks, so a block's score is the proxy of the whole model minus that of
+the model without the block. Both are taken with batch normalisation in training mode, as at
+initialisation running statistics describe nothing yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from blockprune.blocks import ResidualBlock
+from blockprune.criteria.base import ScoringContext
+from blockprune.criteria.batches import Batch
+from blockprune.criteria.losses import main_output
+from blockprune.criteria.nonlinear import NONLINEAR_NAMES
+from blockprune.errors import CriterionError, DataError
+
+__all__ = ["JacobCov", "Naswot"]
+
+
+@dataclass(frozen=True)
+class Naswot:
+    """NASWOT: how differently the samples switch the activation functions, with and without.
+
+    With the code `x = 1[input > 0]` of each sample at each activation function (ReLU and its
+    like)::
+
+        K = sum over activation functions of  x x' + (1 - x)(1 - x)'      (samples x samples)
+        proxy = log |det K|
+
+    and the score is the proxy of the model minus that without the block.
+
+    Raises (when called):
+        CriterionError: there is no such function; or two samples have the same codes, so that K
+            is singular.
+        DataError: no data, or data that the model refuses.
+
+    Source: Mellor et al., "Neural architecture search without training", 2021.
+    """
+
+    needs: ClassVar[str] = "inputs"
+
+    def __call__(self, context: ScoringContext) -> dict[str, float]:
+        """Return the score of each block, from the first batch."""
+        return _differences(context, _naswot)
+
+
+@dataclass(frozen=True)
+class JacobCov:
+    """Jacobian covariance: how differently the outputs of the samples depend on their inputs.
+
+    With J the gradient of the sum of all outputs with respect to the input, a row for each sample,
+    and v the eigenvalues of the correlation of its rows::
+
+        proxy = - sum over v of  log(v + k) + 1 / (v + k)
+
+    and the score is the proxy of the model minus that without the block. Where no input is a
+    floating-point tensor (token ids), J is with respect to what the first embedding returns.
+
+    Args:
+        k: keeps the logarithm finite.
+
+    Raises (when called):
+        CriterionError: the gradient of a sample is constant, or not finite.
+        DataError: no data, fewer than two samples, or data that the model refuses.
+
+    Source: Mellor et al., "Neural architecture search without training" (first version), 2020;
+    Abdelfattah et al., "Zero-cost proxies for lightweight NAS", 2021.
+    """
+
+    needs: ClassVar[str] = "inputs"
+
+    k: float = 1e-5
+
+    def __call__(self, context: ScoringContext) -> dict[str, float]:
+        """Return the score of each block, from the first batch."""
+        return _differences(context, self._proxy)
+
+    def _proxy(self, context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> float:
+        rows = _input_gradients(context, batch, without)
+        spread = rows.std(1) > 0
+        if not (bool(rows.isfinite().all()) and bool(spread.all())):
+            raise CriterionError(
+                f"jacob_cov correlates the gradients of the samples{_left_out(without)}, and that "
+                f"of sample {int((~spread).nonzero()[0]) if not bool(spread.all()) else 0} is "
+                "constant or not finite. Use other samples, or 'snip'."
+            )
+        values = torch.linalg.eigvalsh(torch.corrcoef(rows)) + self.k
+        return -float((values.log() + 1 / values).sum())
+
+
+Proxy = Callable[[ScoringContext, Batch, ResidualBlock | None], float]
+
+
+def _differences(context: ScoringContext, proxy: Proxy) -> dict[str, float]:
+    batch = context.first_batch()
+    if len(batch) < 2:
+        raise DataError(
+            f"A zero-cost proxy compares samples, so it needs at least 2, not {len(batch)}."
+        )
+    with context.batch_statistics(context.passes.model):
+        full = proxy(context, batch, None)
+        return {block.name: full - proxy(context, batch, block) for block in context.blocks}
+
+
+def _left_out(block: ResidualBlock | None) -> str:
+    return f" without block {block.name!r}" if block else ""
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+def _naswot(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> float:
+    codes = _Codes(len(batch))
+    with context.running(batch), torch.no_grad(), codes:
+        context.passes.run(batch.call, without)
+    if codes.kernel is None:
+        raise CriterionError(
+            "naswot reads the inputs of activation functions (ReLU and its like), and the model"
+            f"{_left_out(without)} calls none. Use 'jacob_cov' or 'snip'."
+        )
+    _, value = torch.linalg.slogdet(codes.kernel)
+    if not bool(value.isfinite()):
+        raise CriterionError(
+            f"naswot: two of the {len(batch)} samples switch every activation function of the model"
+            f"{_left_out(without)} alike, so K is singular. Use fewer or other samples."
+        )
+    return float(value)
+
+
+class _Codes(TorchFunctionMode):
+    """Adds up the kernel over every activation function that is called."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples = samples
+        self.kernel: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in NONLINEAR_NAMES and args:
+            self._add(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, entering: Tensor) -> None:
+        # Windows of one sample lie side by side in the first axis.
+        if entering.dim() < 2 or len(entering) % self.samples:
+            return
+        on = (entering > 0).reshape(self.samples, -1).double()
+        kernel = on @ on.T + (1 - on) @ (1 - on).T
+        self.kernel = kernel if self.kernel is None else self.kernel + kernel
+
+
+# --- input gradients ------------------------------------------------------------------------------
+
+
+def _input_gradients(
+    context: ScoringContext, batch: Batch, without: ResidualBlock | None
+) -> Tensor:
+    """Return d(sum of outputs)/d(input), (samples, elements), in double precision."""
+    leaves: list[Tensor] = []
+
+    def watched(tensor: Tensor) -> Tensor:
+        if leaves or not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[0]
+
+    call = batch.call.map(watched)
+    with context.running(batch), torch.enable_grad(), _FirstEmbedding(watched):
+        total = main_output(context.passes.run(call, without)).sum()
+    if not leaves or not total.requires_grad:
+        raise CriterionError(
+            "jacob_cov differentiates the outputs with respect to the input, and the model's "
+            "output depends on no floating-point input and no embedding. Use 'naswot' or 'snip'."
+        )
+    (gradient,) = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return gradient.detach().reshape(len(batch), -1).double()
+
+
+class _FirstEmbedding(TorchFunctionMode):
+    """Lets a function see, and replace, what an embedding returns."""
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.replace = replace
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "embedding":
+            # A leaf may not be written into.
+            return self.replace(value).clone()
+        return value
