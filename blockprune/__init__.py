@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockprune.api import prune
+    from blockprune.api import make_plan, prune
     from blockprune.blocks import (
         BlockAnalysis,
         Reason,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         TrainingDivergedError,
         VerificationError,
     )
-    from blockprune.plan import PruningPlan, make_plan
+    from blockprune.plan import PruningPlan
     from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks
     from blockprune.surgery import remove_blocks
     from blockprune.tickets import load_ticket, plan_of, save_ticket
@@ -107,7 +107,7 @@ _HOMES = {
     "VerificationError": "blockprune.errors",
     "find_blocks": "blockprune.blocks",
     "load_ticket": "blockprune.tickets",
-    "make_plan": "blockprune.plan",
+    "make_plan": "blockprune.api",
     "plan_of": "blockprune.tickets",
     "prune": "blockprune.api",
     "remove_blocks": "blockprune.surgery",

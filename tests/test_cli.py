@@ -668,6 +668,22 @@ def test_what_cannot_be_planned_is_said(cli: Cli, model: str, budget: str, messa
         ("--device", "cuda:99"),
         ("--device", "meta"),
         ("--criterion", "grsap"),
+        ("--criterion", "no_such_module:score"),
+        ("--criterion", "math:no_such_function"),
+        ("--criterion", "math:pi"),
+        ("--criterion", ":score"),
+        ("--criterion", "math:"),
+        ("--keep-macs", "0"),
+        ("--keep-macs", "1.5"),
+        ("--keep-macs", "nan"),
+        ("--keep-macs", "-5"),
+        ("--keep-params", "half"),
+        ("--keep-params", "0.5,"),
+        ("--max-latency-ms", "0"),
+        ("--max-latency-ms", "fast"),
+        ("--max-cache-bytes", "-1"),
+        ("--by", "cost"),
+        ("--schedule", "oneshot"),
         ("--input-shape", "1,3,0,0"),
         ("--input-shape", "big"),
         ("--granularity", "stage"),
@@ -735,14 +751,149 @@ def test_one_block_and_all_of_them_are_two_budgets(cli: Cli) -> None:
     assert [len(network["latency"]) for network in networks] == [1, 1, 1]
 
 
-def test_criteria_are_listed(cli: Cli) -> None:
+def test_bench_takes_budgets_on_what_is_left(cli: Cli) -> None:
+    options = ("--keep-macs", f"0.9,{DENSE_MACS - 3 * BLOCK_MACS},0.9", "-c", "l1", "--repeats", 1)
+    networks = _json(cli, "bench", RESNET20, *options)["networks"]
+    labels = ["dense", "keep_macs=0.9", f"keep_macs={DENSE_MACS - 3 * BLOCK_MACS}"]
+    assert [network["name"] for network in networks] == labels
+    assert [len(network["removed"]) for network in networks] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "iterative"])
+def test_prune_to_a_budget(cli: Cli, schedule: str) -> None:
+    options = ("-c", "snip", "--data", "digits", "--schedule", schedule, "--by", "score_per_cost")
+    found = _json(cli, "prune", RESNET20, "--keep-params", "0.5", *options)
+    assert found["plan"]["budget"] == {"kind": "keep_params", "value": 0.5}
+    assert found["plan"]["p"] is None
+    assert found["ticket"]["params"] <= found["dense"]["params"] / 2
+
+
+def test_prune_to_a_latency(cli: Cli) -> None:
+    found = _json(cli, "prune", RESNET20, "--max-latency-ms", "1e7", "-c", "l1")
+    assert found["plan"]["remove"] == []
+    code, out, err = cli("prune", RESNET20, "--max-latency-ms", "1e-9", "-c", "l1", "--force")
+    assert (code, out) == (1, "")
+    assert "fastest ticket" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "none is given"),
+        (("-p", 1, "--keep-macs", 0.5), "-p and --keep-macs are 2"),
+        (("--keep-macs", 0.5, "--keep-params", 0.5), "--keep-macs and --keep-params are 2"),
+        (("-p", "1,2"), "One ticket has one budget, not 2"),
+    ],
+)
+def test_prune_has_one_budget(cli: Cli, options: tuple[object, ...], message: str) -> None:
+    code, out, err = cli("prune", RESNET20, *options)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_an_impossible_budget_is_one_line(cli: Cli) -> None:
+    code, out, err = cli("prune", RESNET20, "--keep-macs", "0.1", "-c", "l1")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: keep_macs=0.1 allows 4,081,318 of 40,813,184 MACs")
+    assert "(19.07 %) are left" in err
+    assert len(err.splitlines()) == 1
+
+
+CRITERIA_OF_MINE = """
+from dataclasses import dataclass
+
+def smallest(context):
+    return {block.name: float(block.params) for block in context.blocks}
+
+class Largest:
+    def __call__(self, context):
+        return {block.name: -float(block.params) for block in context.blocks}
+
+@dataclass(frozen=True)
+class Scaled:
+    factor: float
+    def __call__(self, context):
+        return {block.name: self.factor * block.params for block in context.blocks}
+
+twice = Scaled(2.0)
+nan = Scaled(float("nan"))
+number = 3
+class Inner:
+    smallest = staticmethod(smallest)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[str]:
+    """A module of the current folder with criteria, right and wrong ones."""
+    (tmp_path / "of_mine.py").write_text(CRITERIA_OF_MINE)
+    yield "of_mine:"
+    sys.modules.pop("of_mine", None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name", "removed"),
+    [
+        ("smallest", "smallest", "layer1.0"),
+        ("Inner.smallest", "smallest", "layer1.0"),
+        ("Largest", "Largest", "layer3.1"),
+        ("twice", "Scaled", "layer1.0"),
+    ],
+)
+def test_a_criterion_of_the_current_directory(
+    cli: Cli, mine: str, attribute: str, name: str, removed: str
+) -> None:
+    plan = _json(cli, "prune", RESNET20, "-p", 1, "-c", f"{mine}{attribute}")["plan"]
+    assert (plan["criterion"], plan["remove"]) == (name, [removed])
+    out = cli("prune", RESNET20, "-p", 1, "-c", f"{mine}{attribute}", "--force")[1]
+    assert f"{name} score" in out
+    found = _json(cli, "bench", RESNET20, "-c", f"{mine}{attribute}", "--repeats", 1)
+    assert found["criterion"] == name
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        ("of_mine:smalest", "has no attribute 'smalest'. Did you mean smallest"),
+        ("of_mine:number", "is a int, which cannot be called"),
+        ("of_mine:Scaled", "is a class that cannot be called without arguments"),
+        ("no_such_module:score", "no_such_module does not import (ModuleNotFoundError"),
+        ("of_mine:", "names nothing. Give a name that `blockprune criteria` lists"),
+        ("smallest", "there is no criterion 'smallest'"),
+    ],
+)
+def test_a_criterion_that_is_none(cli: Cli, mine: str, criterion: str, message: str) -> None:
+    code, out, err = cli("prune", RESNET20, "-p", 1, "-c", criterion)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_criterion_that_scores_nonsense(cli: Cli, mine: str) -> None:
+    code, out, err = cli("prune", RESNET20, "-p", 1, "-c", f"{mine}nan")
+    assert (code, out) == (1, "")
+    assert "'Scaled' scored block 'layer1.0' nan" in err
+
+
+def test_criteria_are_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from blockprune.criteria import CRITERIA
 
     listed = _json(cli, "criteria")
     assert list(listed) == list(CRITERIA)
-    assert all(listed.values())
+    assert all(row["importance"] for row in listed.values())
     _, out, _ = cli("criteria")
-    assert all(name in out for name in CRITERIA)
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line and line[0] != " "] == list(CRITERIA)
+    assert max(map(len, lines)) <= 80
+    assert all(row["needs"] in out for row in listed.values())
+
+    def of_mine(context: Any) -> dict[str, float]:
+        """What I find important."""
+        return {}
+
+    monkeypatch.setitem(CRITERIA, "of_mine", of_mine)
+    assert _json(cli, "criteria")["of_mine"] == {"needs": "", "importance": of_mine.__doc__}
+    assert "of_mine\n    What I find important.\n" in cli("criteria")[1]
 
 
 def test_demo_gets_its_options_and_gives_its_exit_code(

@@ -9,22 +9,29 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blockprune import costs
-from blockprune.blocks import find_blocks
+from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.costs import (
     Costs,
+    RemainingCosts,
     UncountedWarning,
     block_costs,
+    counting,
     model_costs,
     node_costs,
     paper_memory_bytes,
 )
 from blockprune.errors import TraceError
 from blockprune.models import resnet20, resnet32, resnet44, resnet56
+from blockprune.plan import PruningPlan
+from blockprune.surgery import cut_blocks
 from blockprune.tracing import trace_model
+from tests import zoo
+from tests.strategies import Architecture, Net, architectures
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 IDENTITY_BLOCK_MACS = 4_718_592
@@ -276,15 +283,150 @@ def test_nodes_of_a_graph_add_up_to_the_model(
     assert sum(node.activation_bytes for node in nodes) == whole.activation_bytes
 
 
+# --- what is left without a set of blocks --------------------------------------------------------
+
+
+def _left_and_real(
+    model: nn.Module, inputs: Any, analysis: BlockAnalysis, names: tuple[str, ...], **options: Any
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters and MACs left without these blocks: counted, and of the real ticket."""
+    left = RemainingCosts(analysis).without(names)
+    plan = PruningPlan(
+        remove=names, granularity=analysis.granularity, fingerprint=analysis.fingerprint
+    )
+    real = model_costs(cut_blocks(model, analysis, plan, **options), inputs)
+    return (left.params, left.macs), (real.params, real.macs)
+
+
+@pytest.mark.parametrize("entry", zoo.ENTRIES, ids=[entry.name for entry in zoo.ENTRIES])
+@pytest.mark.parametrize("preserve_root", [False, True], ids=["graph", "root"])
+def test_what_is_left_is_what_the_ticket_costs(entry: zoo.Entry, preserve_root: bool) -> None:
+    net, inputs = entry.build(), entry.example()
+    analysis = find_blocks(net, inputs, preserve_root=preserve_root)
+    names = analysis.names
+    drawn = random.Random(entry.name)
+    some = tuple(name for name in names if drawn.random() < 0.5)
+    for chosen in dict.fromkeys([(), names[:1], names[-1:], some, names]):
+        with warnings.catch_warnings():
+            # Pass-throughs that stay in a list are told of, and cost nothing.
+            warnings.filterwarnings("ignore", message="pass-throughs stay")
+            left, real = _left_and_real(
+                net, inputs, analysis, chosen, verify=False, preserve_root=preserve_root
+            )
+        assert left == real, chosen
+
+
+@given(architectures, st.data())
+def test_what_is_left_of_random_nets_is_what_the_ticket_costs(
+    spec: Architecture, data: st.DataObject
+) -> None:
+    net, x = Net(spec), torch.ones(2, 3, 6, 6)
+    analysis = find_blocks(net, x)
+    names = tuple(name for name in analysis.names if data.draw(st.booleans()))
+    left, real = _left_and_real(net, x, analysis, names, verify=False)
+    assert left == real
+
+
+@pytest.mark.parametrize("entry", zoo.ENTRIES, ids=[entry.name for entry in zoo.ENTRIES])
+def test_one_block_less_leaves_what_its_costs_say(entry: zoo.Entry) -> None:
+    analysis = find_blocks(entry.build(), entry.example())
+    remaining, table = RemainingCosts(analysis), block_costs(analysis)
+    nothing = remaining.without(())
+    for name, block in table.items():
+        left = remaining.without([name])
+        assert nothing.params - left.params == block.params == analysis.block(name).params
+
+
+class Around(nn.Module):
+    """A root that does not trace; its one inner region is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), Inside(), Inside())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > -1e9:
+            for _ in range(3):
+                x = self.inner(x)
+        return x
+
+
+class Inside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mix(x)
+        return out
+
+
+def test_a_region_that_is_called_again_is_counted_again() -> None:
+    x = torch.ones(2, 4)
+    analysis = find_blocks(Around(), x)
+    assert [region.path for region in analysis.traced.regions] == ["inner"]
+    remaining = RemainingCosts(analysis)
+    one_call = 2 * 4 * 4
+    assert remaining.dense.macs == 3 * 3 * one_call
+    first, second = analysis.names
+    assert remaining.without([first]).macs == 3 * 2 * one_call
+    assert remaining.without([first, second]).macs == 3 * one_call
+
+
+class Looped(nn.Module):
+    """A block around a module that traces only by itself, with a block inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.outer(x)
+        return out
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = Around()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.around(x)
+        return out
+
+
+def test_what_runs_inside_an_operation_that_goes_is_not_taken_off_twice() -> None:
+    net, x = Looped(), torch.ones(2, 4)
+    analysis = find_blocks(net, x)
+    assert [region.path for region in analysis.traced.regions] == ["", "outer.around.inner"]
+    for names in [(), analysis.names, *((name,) for name in analysis.names), analysis.names[1:]]:
+        left, real = _left_and_real(net, x, analysis, names)
+        assert left == real, names
+    assert RemainingCosts(analysis).without(["outer"]) == Costs(0, 0, 0)
+
+
+def test_asking_again_runs_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    remaining = RemainingCosts(find_blocks(resnet20(), IMAGE))
+    everything = remaining.without(["layer1.0", "layer2.1", "layer3.1"])
+
+    def measure(*args: Any) -> Any:
+        pytest.fail("an operation was run")
+
+    monkeypatch.setattr(counting, "_measure", measure)
+    assert remaining.without(["layer3.1", "layer1.0", "layer2.1"]) == everything
+    assert remaining.of("macs")(["layer1.0"]) == remaining.dense.macs - IDENTITY_BLOCK_MACS
+    assert remaining.of("params").total == remaining.dense.params
+
+
 def test_equal_operations_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    measure = costs._measure
+    measure = counting._measure
 
-    def counting(*args: Any) -> Any:
+    def recording(*args: Any) -> Any:
         runs.append(args)
         return measure(*args)
 
-    monkeypatch.setattr(costs, "_measure", counting)
+    monkeypatch.setattr(counting, "_measure", recording)
     shallow = find_blocks(resnet20(), IMAGE)
     block_costs(shallow)
     first = len(runs)

@@ -146,3 +146,19 @@ def test_the_extension_builder_s_logger_is_as_it_was() -> None:
     level = logger.level
     measure_latency(nn.Identity(), torch.zeros(1, 2), repeats=1, warmup=1)
     assert logger.level == level
+
+
+def test_a_batch_as_it_is_given() -> None:
+    log: list[tuple[str, int]] = []
+    [found] = measure_latency(
+        Recorder("a", log), torch.zeros(3, 2), batch_sizes=None, repeats=2, warmup=1
+    )
+    assert found.batch_size == 3
+    assert {size for _, size in log} == {3}
+
+    class Scalar(nn.Module):
+        def forward(self, x: float) -> Tensor:
+            return torch.ones(2) * x
+
+    [found] = measure_latency(Scalar(), (2.0,), batch_sizes=None, repeats=2, warmup=1)
+    assert (found.batch_size, len(found.samples_ms)) == (1, 2)

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockprune.errors import InfeasibleBudgetError, PlanError, StalePlanError
-from blockprune.plan import PruningPlan, make_plan
+from blockprune.plan import (
+    Budget,
+    CostGoal,
+    PruningPlan,
+    budget_asked_for,
+    make_plan,
+    ranked,
+)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,6 @@ def test_a_protected_block_protects_what_contains_it() -> None:
         (3.0, "pass the int p=3"),
         (True, "not True"),
         ("3", "not '3'"),
-        (None, "not None"),
     ],
 )
 def test_budgets_that_make_no_sense(p: Any, message: str) -> None:
@@ -316,11 +322,196 @@ def _tampered(**changes: Any) -> str:
         (_tampered(p=2.5), "above 1"),
         (_tampered(fingerprint=""), "fingerprint"),
         (_tampered(criterion=7), "criterion"),
+        (_tampered(budget={"kind": "keep_macs", "value": 0.5}), "two budgets"),
+        (_tampered(p=None, budget={"kind": "keep_flops", "value": 0.5}), "budget.kind"),
+        (_tampered(p=None, budget={"kind": "keep_macs", "value": True}), "budget.value"),
+        (_tampered(p=None, budget={"kind": "keep_macs", "value": 1.5}), "above 1"),
+        (_tampered(p=None, budget={"kind": "keep_macs", "value": -3}), "cannot be kept to"),
+        (_tampered(p=None, budget={"kind": "keep_macs"}), "budget.value"),
+        (_tampered(p=None, budget=0.5), "budget"),
     ],
 )
 def test_tampered_plans_are_refused(text: str, field: str) -> None:
     with pytest.raises(PlanError, match=rf"not a pruning plan.*{field}"):
         PruningPlan.from_json(text)
+
+
+# --- budgets on what is left: the costs are a function of the set that goes -------------------
+
+
+@dataclass(frozen=True)
+class Left:
+    """Costs that are no sum: a group of blocks shares a cost that goes with the last of them."""
+
+    total: int
+    own: dict[str, int]
+    shared: dict[frozenset[str], int]
+
+    def __call__(self, removed: frozenset[str]) -> int:
+        gone = sum(self.own[name] for name in removed)
+        return self.total - gone - sum(c for group, c in self.shared.items() if group <= removed)
+
+
+@st.composite
+def costs(draw: st.DrawFn, names: list[str]) -> Left:
+    amounts = st.integers(0, 50)
+    own = {name: draw(amounts) for name in names}
+    groups = draw(st.lists(st.sets(st.sampled_from(names), min_size=1))) if names else []
+    shared = {frozenset(group): draw(amounts) for group in groups}
+    return Left(sum(own.values()) + sum(shared.values()) + draw(amounts), own, shared)
+
+
+def keep(value: int | float, left: Left, kind: str = "keep_macs") -> CostGoal:
+    return CostGoal(Budget(kind=kind, value=value), left)
+
+
+@given(cases(), st.data(), st.sampled_from(["score", "score_per_cost"]))
+def test_a_budget_is_met_and_not_with_one_block_less(
+    case: Case, data: st.DataObject, by: str
+) -> None:
+    names = case.analysis.names
+    left = data.draw(costs(names))
+    target = data.draw(st.integers(left(frozenset(names)), max(left.total, 1)))
+    if target == 0:
+        return
+    plan = make_plan(case.analysis, case.scores, goal=keep(target, left), by=by, costs=left)
+    removed = frozenset(plan.remove)
+    assert_coherent(plan, case.analysis)
+    assert left(removed) <= target
+    assert (plan.p, plan.budget) == (None, Budget(kind="keep_macs", value=target))
+    order = [block.name for block in ranked(case.analysis.blocks, case.scores, by, left)]
+    groups = {block.name: {block.name, *block.contains} for block in case.analysis.blocks}
+    gone: set[str] = set()
+    while left(frozenset(gone)) > target:
+        gone |= groups[next(name for name in order if name not in gone)]
+    assert gone == removed
+
+
+@given(cases(), st.data())
+def test_a_budget_and_its_limits_hold_or_the_error_says_what_is_left(
+    case: Case, data: st.DataObject
+) -> None:
+    names = case.analysis.names
+    left = data.draw(costs(names))
+    protect = data.draw(st.lists(st.sampled_from(names), unique=True)) if names else []
+    minimum = data.draw(st.integers(0, 2))
+    limits: dict[str, Any] = {"protect": protect, "min_blocks_per_stage": minimum}
+    target = data.draw(st.integers(1, max(left.total, 1)))
+    said = ""
+    try:
+        plan = make_plan(case.analysis, case.scores, goal=keep(target, left), **limits)
+    except InfeasibleBudgetError as error:
+        said = str(error)
+    if said:
+        assert f"allows {target:,} of {left.total:,} MACs" in said
+        assert names or "no removable residual block" in said
+        found = re.search(r"gone, .*, ([\d,]+)( \([\d.]+ %\))? are left", said)
+        target = int(found[1].replace(",", "")) if found else 0
+        if target == 0:
+            return
+        plan = make_plan(case.analysis, case.scores, goal=keep(target, left), **limits)
+    assert left(frozenset(plan.remove)) <= target
+    assert not set(plan.remove) & set(protect)
+    for index, stage in enumerate(case.analysis.stages):
+        members = [block.name for block in case.analysis.blocks if block.stage == index]
+        stays = stage.fixed + len(set(members) - set(plan.remove))
+        assert stays >= min(minimum, stage.fixed + len(members))
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_a_share_is_that_share_of_the_dense_model(total: int, data: st.DataObject) -> None:
+    part = data.draw(st.integers(1, total))
+    goal = keep(part / total, Left(total, {}, {}))
+    assert goal.target == part
+
+
+def test_a_share_and_its_number_ask_for_the_same() -> None:
+    analysis = resnet()
+    left = Left(100, dict.fromkeys(analysis.names, 9), {})
+    assert {len(make_plan(analysis, goal=keep(v, left)).remove) for v in (0.64, 64)} == {4}
+    assert {len(make_plan(analysis, goal=keep(v, left)).remove) for v in (0.63, 63)} == {5}
+    assert make_plan(analysis, goal=keep(1.0, left)).remove == ()
+    with pytest.raises(InfeasibleBudgetError, match=r"keep_macs=1 allows 1 of 100 .*10 \(10.00 %"):
+        make_plan(analysis, goal=keep(1, left))
+
+
+def test_where_a_block_must_stay_what_saves_most_goes_before_it_is_impossible() -> None:
+    analysis = Analysis((Block("big", 0), Block("mid", 0), Block("small", 0)), (Stage((1,), 0),))
+    left = Left(100, {"big": 60, "mid": 30, "small": 10}, {})
+    scores = {"small": 0.0, "mid": 1.0, "big": 2.0}
+    limits = {"min_blocks_per_stage": 1}
+    assert make_plan(analysis, scores, goal=keep(60, left), **limits).remove == ("mid", "small")
+    assert make_plan(analysis, scores, goal=keep(30, left), **limits).remove == ("big", "small")
+    assert make_plan(analysis, scores, goal=keep(10, left), **limits).remove == ("big", "mid")
+    with pytest.raises(InfeasibleBudgetError, match=r"allows 9 of 100 .* with min_blocks_per_sta"):
+        make_plan(analysis, scores, goal=keep(9, left), **limits)
+
+
+def test_the_order_by_score_per_cost() -> None:
+    blocks = [Block(name, 0) for name in "abcdefg"]
+    left = Left(99, {"a": 2, "b": 4, "c": 0, "d": 1, "e": 8, "f": 0, "g": 0}, {})
+    scores = {"a": 6.0, "b": 8.0, "c": 1.0, "d": -3.0, "e": -1.0, "f": 0.0, "g": -9.0}
+    # e: -8, d: -3, then f and g at 0, b: 2, a: 3, c: infinite.
+    assert "".join(b.name for b in ranked(blocks, scores, "score_per_cost", left)) == "edfgbac"
+    assert "".join(b.name for b in ranked(blocks, scores)) == "gdefcab"
+
+
+def test_the_cost_of_a_block_is_that_of_all_that_goes_with_it() -> None:
+    left = Left(99, {"inner.0": 1, "inner.1": 1, "outer": 8}, {})
+    scores = {"inner.0": 1.0, "inner.1": 1.0, "outer": 5.0}
+    order = [b.name for b in ranked(NESTED.blocks, scores, "score_per_cost", left)]
+    assert order == ["outer", "inner.0", "inner.1"]
+
+
+def test_score_per_cost_needs_costs() -> None:
+    with pytest.raises(PlanError, match=r"blockprune\.make_plan counts them"):
+        make_plan(resnet(), by="score_per_cost")
+    with pytest.raises(PlanError, match=r"'score' or 'score_per_cost', not 'cost'"):
+        make_plan(resnet(), by="cost")
+
+
+@given(
+    st.one_of(
+        st.builds(
+            lambda v: {"keep_macs": v}, st.one_of(st.integers(1, 10**15), st.floats(1e-9, 1))
+        ),
+        st.builds(lambda v: {"keep_params": v}, st.integers(1, 10**15)),
+        st.builds(lambda v: {"max_latency_ms": v}, st.floats(1e-9, 1e9)),
+    )
+)
+def test_budgets_come_back_from_json(given: dict[str, Any]) -> None:
+    budget = budget_asked_for(**given)
+    assert isinstance(budget, Budget)
+    plan = make_plan(resnet(), p=1).model_copy(update={"p": None, "budget": budget})
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.to_json() == plan.to_json()
+    assert again.budget is not None
+    assert type(again.budget.value) is type(budget.value)
+
+
+def test_plans_from_before_there_were_budgets_load() -> None:
+    plan = make_plan(resnet(), p=1)
+    fields = json.loads(plan.to_json())
+    del fields["budget"]
+    assert PruningPlan.from_json(json.dumps(fields)) == plan
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [(np.int64(7), 7), (np.float32(0.5), 0.5), (np.float64(0.25), 0.25), (7, 7), (1.0, 1.0)],
+)
+def test_numbers_of_numpy_are_numbers(value: Any, plain: int | float) -> None:
+    budget = budget_asked_for(keep_params=value)
+    assert budget == Budget(kind="keep_params", value=plain)
+    assert type(budget.value) is type(plain)
+
+
+def test_one_budget_or_none() -> None:
+    assert budget_asked_for() == 1
+    assert budget_asked_for(0) == 0
+    with pytest.raises(PlanError, match=r"p=1 and max_latency_ms=3 are 2 budgets\. Give one of p,"):
+        budget_asked_for(1, max_latency_ms=3)
 
 
 def test_a_plan_is_a_value() -> None:

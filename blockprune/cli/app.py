@@ -13,14 +13,13 @@ import typer
 from typer.core import TyperGroup
 
 from blockprune.cli.options import (
+    parse_asked,
     parse_batches,
-    parse_budget,
-    parse_budgets,
     parse_shape,
 )
 from blockprune.errors import BlockNotFoundError, BlockpruneError, ModelSpecError
 
-__all__ = ["Data", "Granularity", "app", "main"]
+__all__ = ["Data", "Granularity", "Ranking", "Schedule", "app", "main"]
 
 # What was asked for does not exist: the command line is at fault, as for an unknown option.
 USAGE_ERRORS = (BlockNotFoundError, ModelSpecError)
@@ -32,6 +31,20 @@ class Granularity(StrEnum):
     branch = "branch"
     layer = "layer"
     layer_approx = "layer_approx"
+
+
+class Ranking(StrEnum):
+    """In which order blocks go, the lowest first."""
+
+    score = "score"
+    score_per_cost = "score_per_cost"
+
+
+class Schedule(StrEnum):
+    """How often blocks are scored."""
+
+    one_shot = "one-shot"
+    iterative = "iterative"
 
 
 class Data(StrEnum):
@@ -140,7 +153,10 @@ GranularityOption = Annotated[
 Criterion = Annotated[
     str,
     typer.Option(
-        "--criterion", "-c", metavar="NAME", help="See `blockprune criteria` for the names."
+        "--criterion",
+        "-c",
+        metavar="NAME",
+        help="See `blockprune criteria` for the names; or package.module:function, your own.",
     ),
 ]
 DataOption = Annotated[
@@ -162,6 +178,40 @@ MinBlocks = Annotated[
     int,
     typer.Option(
         "--min-blocks-per-stage", metavar="N", min=0, help="Residual blocks left in each stage."
+    ),
+]
+KeepMacs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="In place of -p: MACs that may be left, a share such as 0.5 or a number.",
+    ),
+]
+KeepParams = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="In place of -p: parameters that may be left, likewise."),
+]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option(
+        "--max-latency-ms",
+        metavar="MS",
+        help="In place of -p: milliseconds that a ticket may take for the inputs.",
+    ),
+]
+By = Annotated[
+    Ranking, typer.Option(help="What the blocks that go are lowest in; costs are those budgeted.")
+]
+ScheduleOption = Annotated[
+    Schedule, typer.Option(help="Score once, or again after each block that goes.")
+]
+MaxCache = Annotated[
+    int | None,
+    typer.Option(
+        "--max-cache-bytes",
+        metavar="N",
+        min=0,
+        help="What criteria that leave one block out may keep of a pass; default 1 GiB.",
     ),
 ]
 PreserveRoot = Annotated[
@@ -222,8 +272,14 @@ def analyze(
 def prune(
     model: Model,
     p: Annotated[
-        str, typer.Option("-p", metavar="P", help="Blocks to remove: 3, or a share such as 0.25.")
-    ],
+        str | None,
+        typer.Option("-p", metavar="P", help="Blocks to remove: 3, or a share such as 0.25."),
+    ] = None,
+    keep_macs: KeepMacs = None,
+    keep_params: KeepParams = None,
+    max_latency_ms: MaxLatency = None,
+    by: By = Ranking.score,
+    schedule: ScheduleOption = Schedule.one_shot,
     criterion: Criterion = "grasp",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The ticket file.")] = Path(
         "ticket.safetensors"
@@ -234,6 +290,7 @@ def prune(
     granularity: GranularityOption = Granularity.branch,
     data: DataOption = Data.random,
     data_root: DataRoot = Path("data"),
+    max_cache_bytes: MaxCache = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     preserve_root: PreserveRoot = False,
@@ -242,8 +299,11 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove the least important blocks of MODEL and write the ticket."""
-    budget = parse_budget(p)
+    budgets = parse_asked(p, keep_macs, keep_params, max_latency_ms)
+    if len(budgets) != 1:
+        raise typer.BadParameter(f"One ticket has one budget, not {len(budgets)}.")
     shapes = [parse_shape(text) for text in input_shape or []]
+    from blockprune.cli.criteria import criterion_named
     from blockprune.cli.models import ModelSource
     from blockprune.cli.prune import check_out, run
     from blockprune.cli.tickets import Recipe
@@ -251,28 +311,38 @@ def prune(
     check_out(out, force=force)
     source = ModelSource(model, weights, shapes, seed)
     recipe = Recipe(
-        criterion=criterion,
+        criterion=criterion_named(criterion),
         granularity=granularity.value,
         data=data.value,
         data_root=data_root,
         protect=tuple(protect or ()),
         min_blocks_per_stage=min_blocks_per_stage,
+        by=by.value,
+        schedule=schedule.value,
+        max_cache_bytes=max_cache_bytes,
         seed=seed,
         preserve_root=preserve_root,
         leaf_modules=tuple(leaf_modules or ()),
     )
-    run(source, recipe, budget, out, force=force, as_json=as_json)
+    run(source, recipe, budgets[0], out, force=force, as_json=as_json)
 
 
 @app.command()
 def bench(
     model: Model,
     p: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "-p", metavar="P,...", help="Tickets to measure: 3, or several such as 1,3,0.5."
+            "-p",
+            metavar="P,...",
+            help="Tickets to measure: 3, or several such as 1,3,0.5; default 1.",
         ),
-    ] = "1",
+    ] = None,
+    keep_macs: KeepMacs = None,
+    keep_params: KeepParams = None,
+    max_latency_ms: MaxLatency = None,
+    by: By = Ranking.score,
+    schedule: ScheduleOption = Schedule.one_shot,
     batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes, such as 1,8.")] = "1",
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, max=100_000, help="Timed rounds.")
@@ -284,6 +354,7 @@ def bench(
     granularity: GranularityOption = Granularity.branch,
     data: DataOption = Data.random,
     data_root: DataRoot = Path("data"),
+    max_cache_bytes: MaxCache = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     preserve_root: PreserveRoot = False,
@@ -292,22 +363,26 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL and its tickets side by side: latency, MACs, parameters."""
-    budgets = parse_budgets(p)
+    budgets = parse_asked(p, keep_macs, keep_params, max_latency_ms, default="1")
     batches = parse_batches(batch)
     shapes = [parse_shape(text) for text in input_shape or []]
     from blockprune.cli.bench import check_device, run
+    from blockprune.cli.criteria import criterion_named
     from blockprune.cli.models import ModelSource
     from blockprune.cli.tickets import Recipe
 
     checked = check_device(device)
     source = ModelSource(model, weights, shapes, seed)
     recipe = Recipe(
-        criterion=criterion,
+        criterion=criterion_named(criterion),
         granularity=granularity.value,
         data=data.value,
         data_root=data_root,
         protect=tuple(protect or ()),
         min_blocks_per_stage=min_blocks_per_stage,
+        by=by.value,
+        schedule=schedule.value,
+        max_cache_bytes=max_cache_bytes,
         seed=seed,
         preserve_root=preserve_root,
         leaf_modules=tuple(leaf_modules or ()),

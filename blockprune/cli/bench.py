@@ -13,6 +13,7 @@ from blockprune.cli.models import ModelSource
 from blockprune.cli.output import count, print_json, print_line, print_table, shape_text, working
 from blockprune.cli.tickets import Recipe, Workbench
 from blockprune.costs import Costs, model_costs
+from blockprune.plan import Budget
 from blockprune.profiling import Latency, compare_latency
 from blockprune.tracing import tensors_in
 
@@ -50,7 +51,7 @@ def check_device(name: str) -> torch.device:
 def run(
     source: ModelSource,
     recipe: Recipe,
-    budgets: Sequence[int | float],
+    budgets: Sequence[int | float | Budget],
     batches: Sequence[int],
     repeats: int,
     device: torch.device,
@@ -62,7 +63,7 @@ def run(
     Args:
         source: the model and its inputs.
         recipe: how blocks are chosen.
-        budgets: one ticket each: a count, or a share of the removable blocks.
+        budgets: one ticket each: a count or a share of the removable blocks, or what may be left.
         batches: batch sizes to time.
         repeats: timed rounds; in each, every network runs once.
         device: where networks run.
@@ -71,7 +72,7 @@ def run(
     with working(f"Measuring {source.spec} ..."):
         model, inputs = source.load(device)
         bench = Workbench(model.eval(), inputs, recipe, budgets)
-        plans = {f"p={b}": plan for b, plan in zip(budgets, bench.plans, strict=True)}
+        plans = {_label(b): plan for b, plan in zip(budgets, bench.plans, strict=True)}
         networks = {"dense": model, **{label: bench.cut(plan) for label, plan in plans.items()}}
         latencies = compare_latency(networks, inputs, batch_sizes=batches, repeats=repeats)
     rows = [
@@ -85,11 +86,16 @@ def run(
     ]
     shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
     if as_json:
-        print_json(_as_json(source.spec, shapes, recipe, device, repeats, rows))
+        criterion = bench.plans[0].criterion
+        print_json(_as_json(source.spec, shapes, recipe, criterion, device, repeats, rows))
         return
     inputs_text = ", ".join(shape_text(shape) for shape in shapes)
     print_line(f"{source.spec} on {device}, inputs {inputs_text}, {repeats} rounds")
     _print_rows(rows)
+
+
+def _label(budget: int | float | Budget) -> str:
+    return str(budget) if isinstance(budget, Budget) else f"p={budget}"
 
 
 def _saved(dense: int, ticket: int) -> float:
@@ -101,6 +107,7 @@ def _as_json(
     spec: str,
     shapes: list[list[int]],
     recipe: Recipe,
+    criterion: str | None,
     device: torch.device,
     repeats: int,
     rows: Sequence[Row],
@@ -112,7 +119,7 @@ def _as_json(
         "device": str(device),
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "criterion": recipe.criterion,
+        "criterion": criterion,
         "granularity": recipe.granularity,
         "networks": [
             {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from blockprune.cli.imports import NotFound, imported
 from blockprune.errors import MissingExtraError, ModelSpecError, TraceError, close_names
 from blockprune.inputs import infer_example_inputs, random_inputs
 from blockprune.tracing import map_tensors
@@ -156,23 +154,10 @@ def _own(name: str) -> Callable[[], object]:
 
 
 def _imported(module_name: str, attribute: str) -> Callable[[], object]:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module_name)
-    # Whatever the import of a user's module raises, the spec does not import.
-    except Exception as error:
-        raise ModelSpecError(
-            f"{module_name} does not import ({type(error).__name__}: {error}). {FORMS}"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_")]
-            raise ModelSpecError(
-                f"{module_name} has no attribute {attribute!r}.{close_names(part, public)} {FORMS}"
-            )
-        found = getattr(found, part)
+        found = imported(module_name, attribute)
+    except NotFound as error:
+        raise ModelSpecError(f"{error} {FORMS}") from error
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import typer
 
-__all__ = ["parse_batches", "parse_budget", "parse_budgets", "parse_shape"]
+if TYPE_CHECKING:
+    from blockprune.plan import Budget
+
+__all__ = ["parse_asked", "parse_batches", "parse_budget", "parse_budgets", "parse_shape"]
 
 LARGEST_BATCH = 65_536
 
@@ -37,6 +41,58 @@ def parse_budgets(text: str) -> tuple[int | float, ...]:
     budgets = [parse_budget(part.strip()) for part in text.split(",")]
     # 1 is one block, 1.0 all of them, and the two are equal: the text keeps them apart.
     return tuple({str(budget): budget for budget in budgets}.values())
+
+
+def parse_asked(
+    p: str | None,
+    keep_macs: str | None,
+    keep_params: str | None,
+    max_latency_ms: str | None,
+    *,
+    default: str | None = None,
+) -> tuple[int | float | Budget, ...]:
+    """Read the one option that says how much is to go: one budget, or several such as ``0.8,0.5``.
+
+    Args:
+        p, keep_macs, keep_params, max_latency_ms: texts of the options.
+        default: of ``-p`` where none is given; None: one must be.
+    """
+    options = {
+        "-p": p,
+        "--keep-macs": keep_macs,
+        "--keep-params": keep_params,
+        "--max-latency-ms": max_latency_ms,
+    }
+    given = {option: text for option, text in options.items() if text is not None}
+    if not given and default is not None:
+        given = {"-p": default}
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are {len(given)}" if given else "none is given"
+        raise typer.BadParameter(f"Give one of {', '.join(options)}: {found}.")
+    [(option, text)] = given.items()
+    if option == "-p":
+        return parse_budgets(text)
+    budgets = [_limit(option, part.strip()) for part in text.split(",")]
+    return tuple({str(budget): budget for budget in budgets}.values())
+
+
+def _limit(option: str, text: str) -> int | float | Budget:
+    # Only where it is needed: what checks a plan takes a while to import.
+    from blockprune.errors import PlanError
+    from blockprune.plan import budget_asked_for
+
+    kind = option.lstrip("-").replace("-", "_")
+    try:
+        number: int | float = int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            raise _refused(option, text, "a number") from None
+    try:
+        return budget_asked_for(**{kind: number})
+    except PlanError as error:
+        raise typer.BadParameter(f"{option} {text!r} is not valid: {error}") from error
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from blockprune.cli.output import count, print_json, print_line, print_table, wo
 from blockprune.cli.tickets import Recipe, Workbench
 from blockprune.costs import model_costs
 from blockprune.errors import TicketError
+from blockprune.plan import Budget
 from blockprune.tickets import save_ticket
 
 __all__ = ["check_out", "run"]
@@ -33,7 +34,7 @@ def check_out(out: Path, *, force: bool) -> None:
 def run(
     source: ModelSource,
     recipe: Recipe,
-    budget: int | float,
+    budget: int | float | Budget,
     out: Path,
     *,
     force: bool = False,
@@ -44,7 +45,7 @@ def run(
     Args:
         source: the model and its inputs.
         recipe: how the blocks are chosen.
-        budget: a count, or a share of the removable blocks.
+        budget: a count or a share of the removable blocks, or what may be left of the model.
         out: the ticket file.
         force: replace ``out`` where it exists.
         as_json: print JSON in place of tables.
@@ -73,9 +74,8 @@ def run(
     gone = set(plan.remove)
     rows = [(name, f"{plan.scores[name]:.4g}") for name in bench.analysis.names if name in gone]
     if rows:
-        print_table(
-            ("block", f"{recipe.criterion} score"), rows, numeric=(f"{recipe.criterion} score",)
-        )
+        header = f"{plan.criterion} score"
+        print_table(("block", header), rows, numeric=(header,))
     print_line(f"parameters {count(dense_costs.params)} -> {count(ticket_costs.params)}")
     print_line(f"MACs       {count(dense_costs.macs)} -> {count(ticket_costs.macs)}")
     print_line(f"Verified against the dense model; written to {out}")

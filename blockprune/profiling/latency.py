@@ -30,6 +30,9 @@ __all__ = ["Latency", "compare_latency", "measure_latency"]
 MIN_SAMPLE_SECONDS = 0.002
 """Shorter samples would measure the clock; short passes are repeated up to this."""
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a model is called with, by place and by name."""
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -82,7 +85,7 @@ def measure_latency(
     model: nn.Module,
     example_inputs: Any,
     *,
-    batch_sizes: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] | None = (1,),
     repeats: int = 20,
     warmup: int = 3,
     threads: int | None = None,
@@ -111,7 +114,7 @@ def compare_latency(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
     *,
-    batch_sizes: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] | None = (1,),
     repeats: int = 20,
     warmup: int = 3,
     threads: int | None = None,
@@ -127,7 +130,7 @@ def compare_latency(
             keyword arguments. Every tensor whose first axis has the batch's length (that
             of the first tensor) is repeated or cut to each batch size; so is a list of
             tensors among the arguments, one a sample.
-        batch_sizes: at least one, each at least 1.
+        batch_sizes: at least one, each at least 1; None: the batch as it is given.
         repeats: rounds, one figure each, at least 1.
         warmup: untimed passes of each module before the first round, at least 1.
         threads: of torch inside an operation; what torch is set to if None.
@@ -147,8 +150,7 @@ def compare_latency(
     counted = torch.get_num_threads() if threads is None else threads
     measured: dict[str, list[Latency]] = {name: [] for name in models}
     with in_mode(False, *models.values()), torch.no_grad():
-        for batch_size in batch_sizes:
-            batch = _resized(arguments, batch_size)
+        for batch_size, batch in _batches(arguments, batch_sizes):
             timers = {
                 name: _timer(name, model, batch, counted, warmup) for name, model in models.items()
             }
@@ -159,16 +161,16 @@ def compare_latency(
 
 def _check(
     models: Mapping[str, nn.Module],
-    batch_sizes: Sequence[int],
+    batch_sizes: Sequence[int] | None,
     repeats: int,
     warmup: int,
     threads: int | None,
 ) -> None:
     if not models:
         raise MeasurementError("There is no model to time; give at least one.")
-    if not batch_sizes:
+    if batch_sizes is not None and not batch_sizes:
         raise MeasurementError("There is no batch size to time; give at least one, such as 1.")
-    counts = [("A batch size", size) for size in batch_sizes]
+    counts = [("A batch size", size) for size in batch_sizes or ()]
     counts += [("repeats", repeats), ("warmup", warmup)]
     counts += [] if threads is None else [("threads", threads)]
     for name, value in counts:
@@ -176,7 +178,7 @@ def _check(
             raise MeasurementError(f"{name} must be a whole number from 1 on, got {value!r}.")
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(example_inputs: Any) -> _Arguments:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -184,9 +186,21 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def _resized(
-    arguments: tuple[tuple[Any, ...], dict[str, Any]], batch_size: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _batches(
+    arguments: _Arguments, batch_sizes: Sequence[int] | None
+) -> Iterator[tuple[int, _Arguments]]:
+    """Yield each batch size with a batch of it."""
+    if batch_sizes is None:
+        positional, named = arguments
+        lengths = [len(value) for value in (*positional, *named.values()) if _is_batch(value)]
+        # Inputs without a batch axis are one sample.
+        yield (lengths or [1])[0], arguments
+        return
+    for batch_size in batch_sizes:
+        yield batch_size, _resized(arguments, batch_size)
+
+
+def _resized(arguments: _Arguments, batch_size: int) -> _Arguments:
     """Repeat or cut the samples of every batched argument to ``batch_size``."""
     positional, named = arguments
     values = [*positional, *named.values()]
@@ -227,7 +241,7 @@ class _Timer:
 def _timer(
     name: str,
     model: nn.Module,
-    batch: tuple[tuple[Any, ...], dict[str, Any]],
+    batch: _Arguments,
     threads: int,
     warmup: int,
 ) -> _Timer:

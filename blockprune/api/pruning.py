@@ -1,4 +1,4 @@
-"""The composed call: analysis, scoring, plan and surgery in one."""
+"""`prune`: analysis, scoring, plan and surgery in one call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from blockprune.api.planning import Planner
 from blockprune.blocks import BlockAnalysis, Reason, find_blocks
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
 from blockprune.errors import InfeasibleBudgetError
 from blockprune.inputs import infer_example_inputs
-from blockprune.plan import make_plan
-from blockprune.scoring import first_inputs, score_blocks
+from blockprune.plan import Budget, budget_asked_for
+from blockprune.scoring import first_inputs
 from blockprune.surgery import cut_blocks, record_of
 from blockprune.tracing import LeafModules, TensorFact
 
@@ -24,20 +25,27 @@ __all__ = ["prune"]
 def prune(
     model: nn.Module,
     criterion: str | Criterion = "grasp",
-    p: int | float = 1,
+    p: int | float | None = None,
     *,
+    keep_macs: int | float | None = None,
+    keep_params: int | float | None = None,
+    max_latency_ms: float | None = None,
+    by: str = "score",
+    schedule: str = "one-shot",
     data: Any = None,
     example_inputs: Any = None,
     loss_fn: LossFunction | None = None,
     granularity: str = "branch",
     protect: str | Iterable[str] = (),
     min_blocks_per_stage: int = 0,
+    max_batches: int | None = None,
+    max_cache_bytes: int | None = None,
     seed: int = 0,
     verify: bool = True,
     preserve_root: bool = False,
     leaf_modules: LeafModules = (),
 ) -> nn.Module:
-    """Return a copy of `model` without its `p` least important residual blocks.
+    """Return a copy of `model` without its least important residual blocks.
 
     The ticket equals the dense model with the outputs of the removed branches multiplied by zero;
     see `remove_blocks`. The dense model is left untouched.
@@ -45,7 +53,17 @@ def prune(
     Args:
         model: the dense model, or a ticket to cut further.
         criterion: a name in `blockprune.criteria.CRITERIA`, or a callable of that protocol.
-        p: an int is a count of blocks, a float a share of the removable ones, rounded down.
+        p: how many blocks go: an int is a count, a float a share of the removable ones, rounded
+            down. At most one of the four budgets is given; p=1 if none is.
+        keep_macs: the MACs that may be left: a float is a share of the dense model's, an int a
+            number.
+        keep_params: the parameters that may be left, likewise.
+        max_latency_ms: milliseconds that a forward pass of the example inputs may take.
+        by: "score" or "score_per_cost"; see `make_plan`, also for the budgets.
+        schedule: "one-shot": all blocks are scored once, on the dense model. "iterative": the
+            least important goes, those left are scored again on that ticket, with the same data and
+            seed, and so on. The plan of the ticket has for each block the score it went with, for
+            each that stays the latest.
         data: one `(inputs, targets)` or an iterable of them, for criteria that look at data; None:
             random inputs and labels, with a warning that says so.
         example_inputs: what the forward takes (a Tensor, a tuple of arguments, a dict of keywords).
@@ -54,6 +72,8 @@ def prune(
         granularity: "branch", "layer" or "layer_approx"; see `find_blocks`.
         protect: `fnmatch` patterns of blocks that stay.
         min_blocks_per_stage: residual blocks that stay in each stage at the least.
+        max_batches: at most so many batches of the data are read; None: all.
+        max_cache_bytes: what scoring may keep of a pass; see `score_blocks`.
         seed: of all that is random.
         verify: prove the equality before returning.
         preserve_root: keep the root module's class and methods; see `remove_blocks`.
@@ -65,7 +85,7 @@ def prune(
         traced parts are `GraphModule`s.
 
     Raises:
-        InfeasibleBudgetError: fewer blocks can go than asked for; says how many, and why.
+        InfeasibleBudgetError: the budget cannot be met; says what can be reached, and why.
         PlanError, CriterionError, DataError: an argument makes no sense.
         TraceError: the model does not run on the inputs, or no shape can be inferred.
         VerificationError: the ticket is not equal to its reference; nothing is returned.
@@ -81,6 +101,9 @@ def prune(
     Source:
         "When Layers Play the Lottery, all Tickets Win at Initialization", Algorithm 2.
     """
+    asked = budget_asked_for(
+        p, keep_macs=keep_macs, keep_params=keep_params, max_latency_ms=max_latency_ms
+    )
     if example_inputs is None and data is not None:
         example_inputs, data = first_inputs(model, data)
     if example_inputs is None:
@@ -92,15 +115,26 @@ def prune(
         preserve_root=preserve_root,
         leaf_modules=leaf_modules,
     )
-    limits: dict[str, Any] = {"protect": protect, "min_blocks_per_stage": min_blocks_per_stage}
-    _refuse_if_hopeless(model, analysis, p)
-    # An impossible budget is told before the scoring, which may take long.
-    make_plan(analysis, None, p, **limits)
-    scores = score_blocks(
-        model, criterion, data, loss_fn, example_inputs, seed=seed, analysis=analysis
+    planner = Planner(
+        model,
+        analysis,
+        criterion,
+        data,
+        loss_fn,
+        seed,
+        by,
+        schedule,
+        protect if isinstance(protect, str) else tuple(protect),
+        min_blocks_per_stage,
+        preserve_root,
+        max_batches,
+        max_cache_bytes,
     )
-    plan = make_plan(analysis, scores, p, **limits)
-    return cut_blocks(model, analysis, plan, verify=verify, preserve_root=preserve_root)
+    _refuse_if_hopeless(model, analysis, asked)
+    planner.check(asked)
+    return cut_blocks(
+        model, analysis, planner.plan(asked), verify=verify, preserve_root=preserve_root
+    )
 
 
 def _example_of(model: nn.Module, seed: int) -> Any:
@@ -112,8 +146,11 @@ def _example_of(model: nn.Module, seed: int) -> Any:
     return record.call.map(lambda fact: fact.example().to(device), TensorFact)
 
 
-def _refuse_if_hopeless(model: nn.Module, analysis: BlockAnalysis, p: object) -> None:
-    if analysis.blocks or p == 0:
+def _refuse_if_hopeless(
+    model: nn.Module, analysis: BlockAnalysis, asked: int | float | Budget
+) -> None:
+    """Say why a number of blocks cannot go where the model has none; costs may be met as is."""
+    if analysis.blocks or isinstance(asked, Budget) or asked == 0:
         return
     stopped = [r for r in analysis.rejections if r.reason is Reason.OPAQUE]
     if stopped and len(stopped) == len(analysis.rejections):
@@ -126,7 +163,7 @@ def _refuse_if_hopeless(model: nn.Module, analysis: BlockAnalysis, p: object) ->
     reasons = Counter(str(rejection.reason) for rejection in analysis.rejections)
     found = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise InfeasibleBudgetError(
-        f"{type(model).__name__} has no removable residual block, so p={p!r} cannot be met: "
+        f"{type(model).__name__} has no removable residual block, so p={asked!r} cannot be met: "
         + (f"its merges were refused ({found})." if found else "its forward adds no two tensors.")
         + " blockprune.find_blocks(model, example_inputs).rejections lists each with its reason."
     )

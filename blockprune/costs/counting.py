@@ -133,7 +133,7 @@ def block_costs(analysis: BlockAnalysis) -> dict[str, Costs]:
         >>> {costs.macs for costs in block_costs(analysis).values()}
         {4718592}
     """
-    counters = {region.path: _NodeCounter(region) for region in analysis.traced.regions}
+    counters = {region.path: NodeCounter(region) for region in analysis.traced.regions}
     table = {}
     with isolated():
         for block in analysis.blocks:
@@ -155,7 +155,7 @@ def node_costs(region: Region) -> dict[fx.Node, Costs]:
     Warns:
         UncountedWarning: an operation that refuses zeros; it is counted as 0.
     """
-    counter = _NodeCounter(region)
+    counter = NodeCounter(region)
     with isolated():
         counted = {node: counter.count(node) for node in region.graph.nodes}
     return {node: Costs(0, used.macs, used.activation_bytes) for node, used in counted.items()}
@@ -179,7 +179,7 @@ def paper_memory_bytes(model: nn.Module, example_inputs: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Used:
+class Used:
     macs: int = 0
     activation_bytes: int = 0
 
@@ -238,7 +238,7 @@ class _Function(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def _measure(module: nn.Module, call: Call) -> _Used:
+def _measure(module: nn.Module, call: Call) -> Used:
     """Count one evaluation forward of a module that is ours to run and hook."""
     runner = _Runner(module.eval(), call)
     counter = FlopCountAnalysis(runner, runner.tensors())
@@ -248,22 +248,22 @@ def _measure(module: nn.Module, call: Call) -> _Used:
     counter.clear_op_handles().set_op_handle(**_HANDLERS)
     with torch.no_grad():
         macs = counter.total()
-    return _Used(int(macs), runner.seen.total)
+    return Used(int(macs), runner.seen.total)
 
 
-class _NodeCounter:
+class NodeCounter:
     """Counts the nodes of one region; equal operations on equal shapes are run once."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
-        self._known: dict[Any, _Used] = {}
+        self._known: dict[Any, Used] = {}
         self._modules: dict[str, Any] = {}
 
-    def count(self, node: fx.Node) -> _Used:
+    def count(self, node: fx.Node) -> Used:
         if node.op not in ("call_module", "call_function", "call_method"):
-            return _Used()
+            return Used()
         if not any(True for _ in tensors_in(self.region.values[node], TensorFact)):
-            return _Used()
+            return Used()
         values, position = self.region.values, {n: i for i, n in enumerate(node.all_input_nodes)}
         facts = fx.map_arg((node.args, node.kwargs), lambda n: (position[n], values[n]))
         key = (node.op, self._target_key(node), repr(facts))
@@ -271,7 +271,7 @@ class _NodeCounter:
             self._known[key] = self._run(node)
         return self._known[key]
 
-    def _run(self, node: fx.Node) -> _Used:
+    def _run(self, node: fx.Node) -> Used:
         values = self.region.values
         zeros = {
             n: map_tensors(values[n], _zeros, TensorFact, copy_of_state)
@@ -288,7 +288,7 @@ class _NodeCounter:
                 UncountedWarning,
                 stacklevel=2,
             )
-            return _Used()
+            return Used()
 
     def _callable(self, node: fx.Node) -> nn.Module:
         if node.op == "call_module":
