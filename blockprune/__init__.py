@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from blockprune.plan import PruningPlan
-    from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks
+    from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks, score_criteria
     from blockprune.surgery import remove_blocks
     from blockprune.tickets import load_ticket, plan_of, save_ticket
 
@@ -77,6 +77,7 @@ __all__ = [
     "remove_blocks",
     "save_ticket",
     "score_blocks",
+    "score_criteria",
 ]
 
 # Names are fetched on first use, so that the command line starts without importing torch.
@@ -113,6 +114,7 @@ _HOMES = {
     "remove_blocks": "blockprune.surgery",
     "save_ticket": "blockprune.tickets",
     "score_blocks": "blockprune.scoring",
+    "score_criteria": "blockprune.scoring",
 }
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, prints what its comments say, its console block repeats."""
+"""README and docs are true: Python runs and prints what comments say, console blocks repeat."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ import pytest
 
 from blockprune.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
 PROMISE = re.compile(r"^print\(.*\)  # (?P<output>.*)$", re.MULTILINE)
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def _blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
 def test_python_blocks_print_what_they_promise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    blocks = _blocks("python")
-    assert len(blocks) >= 3
+    names: dict[str, Any] = {"__name__": page}
+    blocks = _blocks("python", PAGES[page])
+    assert len(blocks) >= (3 if page == "README.md" else 1)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
         printed = capsys.readouterr().out.splitlines()
         assert printed == [match["output"] for match in PROMISE.finditer(block)]
 
@@ -54,8 +59,9 @@ def test_a_result_comes_within_thirty_lines() -> None:
     assert "pip install -e '.[test]' && pytest" in first
 
 
-def test_links_lead_somewhere() -> None:
-    root = Path(__file__).parents[1]
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert targets
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    root = ROOT if page == "README.md" else ROOT / "docs"
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page])
+    assert targets or page != "README.md"
     assert [target for target in targets if not (root / target).exists()] == []

@@ -46,6 +46,15 @@ class HRank(ActivationCriterion):
     Raises (when called):
         CriterionError: what leaves the block has fewer than two axes behind the samples.
 
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import HRank
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), HRank(), data).scores)
+        7
+
     Source: Lin et al., "HRank: filter pruning using high-rank feature map", 2020.
     """
 
@@ -61,6 +70,15 @@ class ExpectAbs(ActivationCriterion):
     ::
 
         score = mean |y|
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import ExpectAbs
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), ExpectAbs(), data).scores)
+        7
 
     Source: Tan and Motani, "DropNet: reducing neural network complexity via iterative pruning",
     2020.
@@ -81,6 +99,15 @@ class BlockInfluence(ActivationCriterion):
 
     0 where the block changes no direction, at most 2. A row that is zero before and behind the
     block has not been turned.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import BlockInfluence
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), BlockInfluence(), data).scores)
+        7
 
     Source: Men et al., "ShortGPT: layers in large language models are more redundant than you
     expect", 2024.
@@ -105,6 +132,15 @@ class AngularDistance(ActivationCriterion):
 
     Args:
         n: blocks in a run.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import AngularDistance
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), AngularDistance(n=2), data).scores)
+        7
 
     Source: Gromov et al., "The unreasonable ineffectiveness of the deeper layers", 2024.
     """
@@ -139,6 +175,15 @@ class Pls(ActivationCriterion):
 
     Raises (when called):
         CriterionError: there are no integer labels, or those of one class only.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import Pls
+        >>> from blockprune.models import resnet20
+        >>> data = (torch.rand(20, 3, 32, 32), torch.arange(20) % 10)
+        >>> len(score_blocks(resnet20(), Pls(), data).scores)
+        7
 
     Source: Jordao et al., "Discriminative layer pruning for convolutional neural networks", 2020.
     """

@@ -38,6 +38,15 @@ class Kl(OutputCriterion):
 
     in nats; every position of a sequence or a map is a sample.
 
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import Kl
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), Kl(), data).scores)
+        7
+
     Source: Luo and Wu, "Neural network pruning with residual-connections and limited-data", 2020.
     """
 
@@ -59,6 +68,15 @@ class LossIncrease(OutputCriterion):
 
     Raises (when called):
         CriterionError: there are no labels for the loss, or it is not finite.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import LossIncrease
+        >>> from blockprune.models import resnet20
+        >>> data = (torch.rand(20, 3, 32, 32), torch.arange(20) % 10)
+        >>> len(score_blocks(resnet20(), LossIncrease(), data).scores)
+        7
 
     Source: Kim et al., "Shortened LLaMA: depth pruning for large language models", 2024.
     """
@@ -84,6 +102,15 @@ class Cka(OutputCriterion):
 
     Raises (when called):
         CriterionError: the features are the same for all samples.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import Cka
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), Cka(), data).scores)
+        7
 
     Source: Pons et al., "Effective layer pruning through similarity metric perspective", 2024.
     """

@@ -42,6 +42,15 @@ class Naswot:
             is singular.
         DataError: no data, or data that the model refuses.
 
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import Naswot
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), Naswot(), data).scores)
+        7
+
     Source: Mellor et al., "Neural architecture search without training", 2021.
     """
 
@@ -70,6 +79,15 @@ class JacobCov:
     Raises (when called):
         CriterionError: the gradient of a sample is constant, or not finite.
         DataError: no data, fewer than two samples, or data that the model refuses.
+
+    Example:
+        >>> import torch
+        >>> from blockprune import score_blocks
+        >>> from blockprune.criteria import JacobCov
+        >>> from blockprune.models import resnet20
+        >>> data = torch.rand(8, 3, 32, 32)
+        >>> len(score_blocks(resnet20(), JacobCov(), data).scores)
+        7
 
     Source: Mellor et al., "Neural architecture search without training" (first version), 2020;
     Abdelfattah et al., "Zero-cost proxies for lightweight NAS", 2021.
