@@ -312,3 +312,22 @@ def test_on_cuda() -> None:
     table = score_blocks(model, "grasp", DATA)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert table.scores == pytest.approx(score_blocks(model.cpu(), "grasp", DATA).scores, rel=1e-8)
+
+
+def test_only_criteria_that_say_they_do_not_write_share_the_memory_of_the_weights() -> None:
+    class Reading:
+        reads_only = True
+
+        def __call__(self, context: ScoringContext) -> dict[str, float]:
+            pointers.append(context.model.fc.weight.data_ptr())
+            assert context.model.fc.weight is not model.fc.weight
+            return dict.fromkeys((block.name for block in context.blocks), 0.0)
+
+    class Unsaid(Reading):
+        reads_only = False
+
+    pointers: list[int] = []
+    model = Net()
+    for criterion in (Reading(), Unsaid()):
+        score_blocks(model, criterion, DATA)
+    assert pointers[0] == model.fc.weight.data_ptr() != pointers[1]

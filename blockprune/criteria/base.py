@@ -23,7 +23,7 @@ from blockprune.criteria.losses import LossFunction, cross_entropy, divided, mai
 from blockprune.criteria.passes import Passes
 from blockprune.errors import CriterionError, DataError
 from blockprune.randomness import preserved_rng, seed_rng
-from blockprune.tracing import Call, copy_model, tensors_in
+from blockprune.tracing import Call, aliased_copy, copy_model, tensors_in
 
 __all__ = [
     "Batch",
@@ -49,6 +49,9 @@ class NoDataWarning(UserWarning):
 class Criterion(Protocol):
     """Anything that turns a `ScoringContext` into one number for each block.
 
+    A criterion that writes into no weight may say so, `reads_only = True`; it is then given a model
+    whose weights lie in the memory of the user's. Any other gets weights of its own.
+
     Example:
         >>> from blockprune.criteria import Criterion
         >>> def smallest_first(context):
@@ -64,7 +67,7 @@ class ScoringContext:
     """What a criterion works with.
 
     Attributes:
-        model: a private deep copy of the model, without the user's hooks, in evaluation mode.
+        model: a private copy of the model, without the user's hooks, in evaluation mode.
         blocks: the blocks to score, in order of execution.
         seed: for whatever a criterion draws.
         example: a call that the model accepts.
@@ -106,10 +109,13 @@ class ScoringContext:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._batches = None if batches is None else _kept(batches)
 
-    def fresh(self) -> ScoringContext:
-        """Return a context like this one, over a copy of the model as it is now."""
+    def fresh(self, *, reads_only: bool = False) -> ScoringContext:
+        """Return a context like this one, over a copy of the model as it is now.
+
+        `reads_only`: the copy shares the memory of the weights.
+        """
         return ScoringContext(
-            copy_model(self.model),
+            (aliased_copy if reads_only else copy_model)(self.model),
             self.blocks,
             self._batches,
             self.example,

@@ -43,6 +43,7 @@ class Consensus:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
 
     criteria: tuple[str | Criterion, ...] = ("snip", "grasp", "synflow")
 
@@ -60,7 +61,7 @@ class Consensus:
 
         found = [criterion_of(criterion) for criterion in self.criteria]
         named = {f"{i} {name}": criterion for i, (name, criterion) in enumerate(found)}
-        tables = evaluate(context.fresh, named)
+        tables = evaluate(context, named)
         ranks = [_ranks(table) for table in tables.values()]
         return {block.name: sum(rank[block.name] for rank in ranks) for block in context.blocks}
 

@@ -31,6 +31,7 @@ class Random:
     """
 
     needs: ClassVar[str] = "nothing"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return one draw for each block."""

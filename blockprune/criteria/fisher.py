@@ -80,6 +80,7 @@ class Fisher:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from all batches."""

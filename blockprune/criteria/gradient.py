@@ -81,6 +81,7 @@ class Snip:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
     aggregation: Aggregation = "mean"
 
     def __post_init__(self) -> None:
@@ -133,6 +134,7 @@ class Taylor:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
     aggregation: Aggregation = "sum"
 
     def __post_init__(self) -> None:
@@ -179,6 +181,7 @@ class GradNorm:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from all batches."""
@@ -229,6 +232,7 @@ class Grasp:
     """
 
     needs: ClassVar[str] = "labels"
+    reads_only: ClassVar[bool] = True
     aggregation: Aggregation = "mean"
     temperature: float = 200.0
 

@@ -80,6 +80,7 @@ class ActivationCriterion(abc.ABC):
     """A criterion on what flows through the blocks, in evaluation mode."""
 
     needs: ClassVar[str] = "inputs"
+    reads_only: ClassVar[bool] = True
 
     @abc.abstractmethod
     def meter(self, context: ScoringContext) -> ActivationMeter:
@@ -97,6 +98,7 @@ class OutputCriterion(abc.ABC):
     """A criterion on what the model returns with one block left out, in evaluation mode."""
 
     needs: ClassVar[str] = "inputs"
+    reads_only: ClassVar[bool] = True
     reads_features: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -111,15 +113,16 @@ class OutputCriterion(abc.ABC):
 
 
 def evaluate(
-    context: Callable[[], ScoringContext], criteria: Mapping[str, Criterion]
+    context: ScoringContext, criteria: Mapping[str, Criterion]
 ) -> dict[str, Mapping[str, float]]:
     """Return what each criterion scores. Those that read passes share them.
 
-    Each of the others is given a context of its own, since it may spoil the model in it.
+    Each of the others is given a context of its own, since it may spoil the model in it; the one
+    given here is only copied from.
     """
     observing = {n: c for n, c in criteria.items() if isinstance(c, ActivationCriterion)}
     leaving_out = {n: c for n, c in criteria.items() if isinstance(c, OutputCriterion)}
-    shared = context() if observing or leaving_out else None
+    shared = context.fresh(reads_only=True) if observing or leaving_out else None
     scores: dict[str, Mapping[str, float]] = {}
     if shared and observing:
         seeing = {name: criterion.meter(shared) for name, criterion in observing.items()}
@@ -131,7 +134,9 @@ def evaluate(
         _read_outputs(shared, list(comparing.values()), with_features=with_features)
         scores |= {name: meter.scores() for name, meter in comparing.items()}
     for name in criteria.keys() - scores.keys():
-        scores[name] = criteria[name](context())
+        criterion = criteria[name]
+        own = context.fresh(reads_only=getattr(criterion, "reads_only", False) is True)
+        scores[name] = criterion(own)
     return scores
 
 

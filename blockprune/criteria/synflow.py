@@ -70,6 +70,7 @@ class SynFlow:
     """
 
     needs: ClassVar[str] = "nothing"
+    reads_only: ClassVar[bool] = True
     aggregation: Aggregation = "sum"
 
     def __post_init__(self) -> None:

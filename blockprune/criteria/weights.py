@@ -39,6 +39,7 @@ class L1:
     """
 
     needs: ClassVar[str] = "nothing"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block; no data is read."""
@@ -69,6 +70,7 @@ class L2:
     """
 
     needs: ClassVar[str] = "nothing"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block; no data is read."""

@@ -55,6 +55,7 @@ class Naswot:
     """
 
     needs: ClassVar[str] = "inputs"
+    reads_only: ClassVar[bool] = True
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from the first batch."""
@@ -94,6 +95,7 @@ class JacobCov:
     """
 
     needs: ClassVar[str] = "inputs"
+    reads_only: ClassVar[bool] = True
 
     k: float = 1e-5
 

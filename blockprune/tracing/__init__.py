@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from blockprune.tracing.calls import Call, as_call, copy_of_state, refused
 from blockprune.tracing.conditions import expect_condition
-from blockprune.tracing.copying import copy_graph, copy_model, isolated, structural_copy
+from blockprune.tracing.copying import (
+    aliased_copy,
+    copy_graph,
+    copy_model,
+    isolated,
+    structural_copy,
+)
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.placing import Followed, assemble
@@ -21,6 +27,7 @@ __all__ = [
     "Region",
     "TensorFact",
     "TracedModel",
+    "aliased_copy",
     "as_call",
     "assemble",
     "bound_values",

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from blockprune.errors import TraceError
 from blockprune.randomness import preserved_rng
 
-__all__ = ["copy_graph", "copy_model", "isolated", "structural_copy"]
+__all__ = ["aliased_copy", "copy_graph", "copy_model", "isolated", "structural_copy"]
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -49,6 +49,18 @@ def structural_copy(model: nn.Module) -> nn.Module:
                     if type(hook).__module__.startswith("torch.")
                 )
     return _adopt_plain_tensors(_deepcopy(model, memo))
+
+
+def aliased_copy(model: nn.Module) -> nn.Module:
+    """Return a structural copy with parameters of its own that lie in the memory of `model`'s.
+
+    For those who differentiate and do not write: hooks on the parameters stay behind.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    return copy.deepcopy(structural_copy(model), memo)
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
