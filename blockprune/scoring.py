@@ -29,10 +29,11 @@ from blockprune.criteria import (
 from blockprune.criteria.base import CACHE_BYTES
 from blockprune.criteria.batches import Replay, batches_of
 from blockprune.criteria.losses import LossFunction
+from blockprune.distributed import GlobalBatches
 from blockprune.errors import CriterionError, DataError, close_names
 from blockprune.inputs import infer_example_inputs
 from blockprune.randomness import preserved_rng, seed_rng
-from blockprune.tracing import Call, as_call, copy_model, isolated, structural_copy
+from blockprune.tracing import Call, as_call, isolated, structural_copy
 
 __all__ = [
     "NoDataWarning",
@@ -85,7 +86,8 @@ def score_blocks(
             Inputs are a Tensor, a tuple of arguments or a dict of keywords; they go to the
             device of the model. A batch may be inputs alone, a Tensor or a dict, where the
             criterion reads no labels or the model takes them itself. As many batches are taken as
-            the criterion asks for: those at initialisation look at the first, others at all. None:
+            the criterion asks for: those at initialisation look at the first, others at all. Under
+            `torchrun`, `blockprune.distributed.global_batches` joins the shares of all ranks. None:
             where the criterion asks for data, it gets standard normal inputs of the example's
             shape, at least 16, and random labels.
         loss_fn: `(outputs, targets) -> scalar`, given what the model returns. None: the `loss` of
@@ -165,6 +167,9 @@ def score_criteria(
     """
     named = _named(criteria)
     _check_limits(max_batches, max_cache_bytes)
+    ranks = data if isinstance(data, GlobalBatches) else None
+    if ranks is not None:
+        ranks.check_same(model)
     with isolated():
         seed_rng(seed)
         if example_inputs is not None:
@@ -185,23 +190,22 @@ def score_criteria(
             scores: dict[str, dict[str, float]] = {name: {} for name in named}
         else:
             # User hooks would see the scoring passes, so the copy leaves them behind.
-            hookless = structural_copy(model)
+            hookless = structural_copy(model).eval()
             _check_analysis(analysis, hookless)
-
-            def context() -> ScoringContext:
-                return ScoringContext(
-                    copy_model(hookless).eval(),
-                    analysis.blocks,
-                    batches,
-                    example,
-                    analysis=analysis,
-                    loss_fn=loss_fn,
-                    seed=seed,
-                    max_cache_bytes=CACHE_BYTES if max_cache_bytes is None else max_cache_bytes,
-                )
-
+            context = ScoringContext(
+                hookless,
+                analysis.blocks,
+                batches,
+                example,
+                analysis=analysis,
+                loss_fn=loss_fn,
+                seed=seed,
+                max_cache_bytes=CACHE_BYTES if max_cache_bytes is None else max_cache_bytes,
+            )
             found = evaluate(context, named)
             scores = {n: _checked(n, found[n], analysis.names) for n in named}
+    if ranks is not None:
+        scores = ranks.agree(scores)
     return {
         name: ScoreTable(name, analysis.granularity, seed, values, analysis.fingerprint)
         for name, values in scores.items()

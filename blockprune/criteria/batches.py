@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blockprune.errors import DataError, TraceError
 from blockprune.tracing import Call, as_call, map_tensors, tensors_in
 
-__all__ = ["Batch", "Replay", "batches_of"]
+__all__ = ["Batch", "Replay", "batches_of", "items_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +62,12 @@ class Replay:
 
 
 def batches_of(model: nn.Module, data: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of `data`: one batch, or an iterable of them.
-
-    A batch is an `(inputs, targets)` pair, or inputs alone where no labels are needed or the model
-    takes them itself: a tensor, a dict of keywords, or a sequence of one tensor. A tuple or list
-    of two is one pair where its first item is a tensor or a dict, or its second a tensor;
-    otherwise, as is a list of two dicts, it is an iterable.
+    """Yield the batches of `data`, as `items_of` tells them apart.
 
     Raises:
         DataError: an item is no batch, or its inputs are no arguments of the model.
     """
-    if _is_pair(data) or isinstance(data, Tensor | Mapping):
-        data = [data]
-    elif isinstance(data, str) or not isinstance(data, Iterable):
-        raise DataError(
-            "data must be an (inputs, targets) pair, inputs alone (a tensor or a dict), or an "
-            f"iterable of them, such as a DataLoader; got {type(data).__name__}."
-        )
-    for position, item in enumerate(data):
+    for position, item in enumerate(items_of(data)):
         inputs, targets = _parts(item, position)
         try:
             call = as_call(model, inputs)
@@ -89,6 +77,27 @@ def batches_of(model: nn.Module, data: Any, device: torch.device) -> Iterator[Ba
             call.map(lambda tensor: tensor.detach().to(device)),
             map_tensors(targets, lambda tensor: tensor.detach().to(device)),
         )
+
+
+def items_of(data: Any) -> Iterable[Any]:
+    """Return `data` as an iterable of batches, as they were given: it is one batch, or has them.
+
+    A batch is an `(inputs, targets)` pair, or inputs alone where no labels are needed or the model
+    takes them itself: a tensor, a dict of keywords, or a sequence of one tensor. A tuple or list
+    of two is one pair where its first item is a tensor or a dict, or its second a tensor;
+    otherwise, as is a list of two dicts, it is an iterable.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if _is_pair(data) or isinstance(data, Tensor | Mapping):
+        return [data]
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise DataError(
+            "data must be an (inputs, targets) pair, inputs alone (a tensor or a dict), or an "
+            f"iterable of them, such as a DataLoader; got {type(data).__name__}."
+        )
+    return data
 
 
 def _parts(item: Any, position: int) -> tuple[Any, Any]:
