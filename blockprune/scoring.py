@@ -44,6 +44,9 @@ __all__ = [
     "score_criteria",
 ]
 
+# Two samples show what belongs to the batch; more of them would cost time and show no more.
+EXAMPLE_SIZE = 2
+
 
 @dataclass(frozen=True)
 class ScoreTable:
@@ -93,8 +96,8 @@ def score_blocks(
         loss_fn: `(outputs, targets) -> scalar`, given what the model returns. None: the `loss` of
             its output where it has one, else cross entropy of its first floating-point output with
             integer labels.
-        example_inputs: to find the blocks by; None: those of the first batch, or, without data,
-            such as the model's configuration tells.
+        example_inputs: to find the blocks by; None: the first two samples of the data, or, without
+            data, such as the model's configuration tells.
         granularity: "branch", "layer" or "layer_approx"; an `analysis` has its own.
         seed: of all that is random in scoring: two calls with equal arguments agree bit for bit.
         analysis: of this model, where there is one already.
@@ -213,10 +216,12 @@ def score_criteria(
 
 
 def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
-    """Return the first inputs of `data` as a call on the model's device, and data to use instead.
+    """Return a few first inputs of `data` as a call on the model's device, and data to use instead.
 
-    An iterator is read once only, so what was looked at is put back in front; anything else is read
-    from its start again, and a shuffling loader gives the same order then.
+    They are the first two samples of the first batch, enough for an analysis and for its proof; the
+    whole batch where the model does not run on two. An iterator is read once only, so what was
+    looked at is put back in front; anything else is read from its start again, and a shuffling
+    loader gives the same order then.
 
     Raises:
         DataError: there is no batch, or the first is not an `(inputs, targets)` pair.
@@ -230,7 +235,19 @@ def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
         batch = next(batches_of(model, looked_at, _device(model)), None)
     if batch is None:
         raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
-    return batch.call, data
+    few = batch.part(0, EXAMPLE_SIZE).call
+    return few if len(batch) > EXAMPLE_SIZE and _runs(model, few) else batch.call, data
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a copy of the model takes these arguments."""
+    inputs = call.map(lambda tensor: tensor.clone())
+    with isolated(), torch.no_grad():
+        try:
+            structural_copy(model).eval()(*inputs.args, **inputs.kwargs)
+        except Exception:
+            return False
+    return True
 
 
 def _device(model: nn.Module) -> torch.device:

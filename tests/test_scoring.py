@@ -152,12 +152,22 @@ def test_first_inputs_leave_everything_to_be_read() -> None:
     call, same = first_inputs(model, loader)
     assert torch.equal(torch.get_rng_state(), state)
     assert same is loader
-    assert torch.equal(call.args[0], next(iter(loader))[0])
+    assert torch.equal(call.args[0], next(iter(loader))[0][:2])
     call, stream = first_inputs(model, iter([DATA, DATA]))
-    assert torch.equal(call.args[0], DATA[0])
+    assert torch.equal(call.args[0], DATA[0][:2])
     assert len(list(stream)) == 2
     with pytest.raises(DataError, match="data is empty"):
         first_inputs(model, iter(()))
+
+
+def test_a_model_of_one_batch_size_is_shown_the_whole_batch() -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(12, 3, 6, 6))
+
+    call, _ = first_inputs(Fixed(), DATA)
+    assert torch.equal(call.args[0], DATA[0])
+    assert list(score_blocks(Fixed(), "snip", DATA).scores) == NAMES
 
 
 class Structured(Net):

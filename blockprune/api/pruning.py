@@ -67,7 +67,8 @@ def prune(
         data: one `(inputs, targets)` or an iterable of them, for criteria that look at data; None:
             random inputs and labels, with a warning that says so.
         example_inputs: what the forward takes (a Tensor, a tuple of arguments, a dict of keywords).
-            None: the first inputs of `data`, else a shape inferred from the model's configuration.
+            None: the first two samples of `data`, else a shape inferred from the model's
+            configuration. Budgets in numbers of MACs and in milliseconds are for these inputs.
         loss_fn: `(outputs, targets) -> scalar`; None: cross entropy.
         granularity: "branch", "layer" or "layer_approx"; see `find_blocks`.
         protect: `fnmatch` patterns of blocks that stay.
