@@ -10,6 +10,7 @@
     │   └── StalePlanError                     the plan was made for another model
     ├── VerificationError(RuntimeError)        the ticket differs from its zero-branch reference
     ├── TicketError(ValueError)                a ticket file is damaged, foreign or in the way
+    ├── CheckpointError(ValueError)            a state of training is damaged, or does not fit
     ├── DataError(ValueError)                  a data set is absent, empty or malformed
     ├── ModelSpecError(ValueError)             a MODEL argument names nothing that can be built
     ├── MeasurementError(ValueError)           what was asked for cannot be measured
@@ -33,6 +34,7 @@ __all__ = [
     "BlockNotFoundError",
     "BlockNotRemovableError",
     "BlockpruneError",
+    "CheckpointError",
     "CriterionError",
     "DataError",
     "InfeasibleBudgetError",
@@ -91,6 +93,10 @@ class VerificationError(BlockpruneError, RuntimeError):
 
 class TicketError(BlockpruneError, ValueError):
     """A ticket file is damaged, belongs to another model, or is in the way."""
+
+
+class CheckpointError(BlockpruneError, ValueError):
+    """A state of training is damaged, foreign, or does not fit what shall go on from it."""
 
 
 class DataError(BlockpruneError, ValueError):

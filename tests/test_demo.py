@@ -20,7 +20,7 @@ from blockprune.errors import BlockpruneError, DataError, PlanError
 from blockprune.lottery.experiment import Policy, tickets_at_initialisation
 from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.results import ExperimentResult
-from blockprune.lottery.training import Step, evaluate, train
+from blockprune.lottery.training import Progress, evaluate, train
 from blockprune.models import resnet20, resnet32
 
 FILES = ["accuracy.png", "blocks.png", "results.json", "table.md", "table.txt"]
@@ -98,7 +98,7 @@ class TestExperiment:
             def stage(self, text: str) -> None:
                 stages.append(text)
 
-            def step(self, p: int, step: Step) -> None:
+            def step(self, p: int, step: Progress) -> None:
                 heard.append((p, step.epoch, step.iteration))
 
         recipe = Recipe(epochs=2, batch_size=150)
@@ -162,7 +162,7 @@ class TestDemo:
         capsys: pytest.CaptureFixture[str],
         present: bool,
     ) -> None:
-        def interrupted(self: object, p: int, step: Step) -> None:
+        def interrupted(self: object, p: int, step: Progress) -> None:
             if (p, step.iteration) == (1, 2):
                 signal.raise_signal(signal.SIGINT)
 

@@ -1,10 +1,11 @@
-"""The recipe's schedule by its formula, and the loop against one written out by hand."""
+"""The recipe's schedule by its formula, the loop against one written out, resumed against whole."""
 
 from __future__ import annotations
 
 import ast
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 import blockprune.lottery.training as training_module
 from blockprune.data import EpochSampler, load_digits
-from blockprune.errors import DataError, TrainingDivergedError
+from blockprune.errors import CheckpointError, DataError, TrainingDivergedError
 from blockprune.lottery.recipe import PAPER_RECIPE, Recipe
-from blockprune.lottery.training import Step, evaluate, train, train_epochs
+from blockprune.lottery.state import TrainingState, load_state, save_state
+from blockprune.lottery.steps import Step
+from blockprune.lottery.training import Progress, evaluate, train, train_epochs
 from blockprune.models import resnet20
 
 
@@ -107,6 +110,7 @@ class TestRecipe:
             ),
             ({"batch_size": 0}, "batch_size"),
             ({"seed": -1}, "seed"),
+            ({"ema_decay": 1.0}, "ema_decay"),
             ({"learning_rate": 0.1}, "Extra inputs"),
         ],
     )
@@ -211,7 +215,7 @@ class TestTrain:
         assert not torch.equal(before["last.weight"], after["last.weight"])
 
     def test_steps_are_counted_from_one(self, blobs: TensorDataset) -> None:
-        steps: list[Step] = []
+        steps: list[Progress] = []
         train(Net(), blobs, Recipe(epochs=2, batch_size=40), on_step=steps.append)
         assert [(s.epoch, s.epochs, s.iteration, s.iterations) for s in steps] == [
             (epoch, 2, iteration, 3) for epoch in (1, 2) for iteration in (1, 2, 3)
@@ -229,6 +233,15 @@ class TestTrain:
             train(model, TensorDataset(poisoned, labels), Recipe(epochs=2, batch_size=20))
         assert not model.training
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    def test_a_last_step_that_ruins_the_weights_is_found(self, blobs: TensorDataset) -> None:
+        def finite_loss_of_infinite_slope(logits: Tensor, labels: Tensor) -> Tensor:
+            return (0 * logits.sum()).sqrt() + functional.cross_entropy(logits, labels)
+
+        with pytest.raises(TrainingDivergedError, match="is not finite at epoch 1 of 1, iteration"):
+            train(
+                Net(), blobs, Recipe(epochs=1, batch_size=90), loss_fn=finite_loss_of_infinite_slope
+            )
 
     @pytest.mark.parametrize("role", ["dataset", "test"])
     def test_empty_data_is_refused_at_once(self, blobs: TensorDataset, role: str) -> None:
@@ -249,6 +262,288 @@ class TestTrain:
         recipe = Recipe(epochs=4, lr=0.1, schedule="one_cycle", warmup_epochs=1, batch_size=64)
         train(model, data.train, recipe)
         assert evaluate(model, data.test).accuracy > 0.9
+
+
+PER_EPOCH = 5
+"""Batches of 20 of the 90 blobs."""
+
+
+class Augmented(Dataset[Any]):
+    """Draws from torch's generator, as torchvision's augmentation does; counts what is read."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.dataset = dataset
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read += 1
+        sample, label = self.dataset[index]
+        return sample + 0.3 * torch.randn(sample.shape), label
+
+
+class Shared(nn.Module):
+    """Two names for one layer, one of them frozen away from what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 8).requires_grad_(False)
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.again(self.first(self.frozen(x)).relu()).relu())
+        return out
+
+
+def _recipe(**fields: Any) -> Recipe:
+    return Recipe(
+        **{
+            "epochs": 3,
+            "lr": 0.1,
+            "weight_decay": 1e-3,
+            "milestones": (2,),
+            "warmup_epochs": 0.5,
+            "batch_size": 20,
+            "seed": 3,
+            **fields,
+        }
+    )
+
+
+def _states(
+    model: nn.Module, dataset: Dataset[Any], recipe: Recipe, keep: list[Step] | None = None
+) -> list[TrainingState]:
+    states: list[TrainingState] = []
+    every = [Step(iteration=done) for done in range(recipe.epochs * PER_EPOCH + 1)]
+    train(model, dataset, recipe, keep=keep or every, on_state=states.append)
+    return states
+
+
+def _same(first: TrainingState, second: TrainingState) -> bool:
+    assert (first.ema is None) == (second.ema is None)
+    return (
+        first.step == second.step
+        and _equal(first.weights, second.weights)
+        and _equal(first.momentum, second.momentum)
+        and _equal(first.ema or {}, second.ema or {})
+    )
+
+
+class TestResume:
+    @pytest.mark.parametrize("ema_decay", [None, 0.9])
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_a_saved_moment_is_gone_on_from_bit_for_bit(
+        self, blobs: TensorDataset, tmp_path: Path, ema_decay: float | None, momentum: float
+    ) -> None:
+        recipe = _recipe(ema_decay=ema_decay, momentum=momentum, nesterov=momentum > 0)
+        whole = Net()
+        states = _states(whole, Augmented(blobs), recipe)
+        assert [state.step for state in states] == [
+            Step.of_iterations(done, PER_EPOCH) for done in range(16)
+        ]
+        for state in states:
+            file = tmp_path / "state.safetensors"
+            save_state(state, file)
+            resumed = Net()
+            torch.rand(7)
+            ends: list[TrainingState] = []
+            train(
+                resumed,
+                Augmented(blobs),
+                recipe,
+                start=load_state(file),
+                keep=[Step(epoch=3)],
+                on_state=ends.append,
+            )
+            assert _same(ends[0], states[-1]), state.step
+            assert _equal(_state(resumed), _state(whole)), state.step
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_in_other_types(self, blobs: TensorDataset, dtype: torch.dtype) -> None:
+        inputs, labels = blobs.tensors
+        data = TensorDataset(inputs.to(dtype), labels)
+        recipe = _recipe(ema_decay=0.99)
+        whole, resumed = Net().to(dtype), Net().to(dtype)
+        states = _states(whole, data, recipe)
+        train(resumed, data, recipe, start=states[7])
+        assert _equal(_state(resumed), _state(whole))
+        assert states[7].momentum["first.weight"].dtype == dtype
+        assert states[7].ema is not None
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        assert states[7].ema["first.weight"].dtype == wide
+
+    def test_with_shared_and_frozen_parameters(self, blobs: TensorDataset, tmp_path: Path) -> None:
+        whole, resumed = Shared(), Shared()
+        states = _states(whole, blobs, _recipe())
+        moving = {"first.weight", "first.bias", "again.weight", "again.bias"}
+        assert states[7].momentum.keys() == moving | {"last.weight", "last.bias"}
+        save_state(states[7], tmp_path / "state")
+        train(resumed, blobs, _recipe(), start=load_state(tmp_path / "state"))
+        assert _equal(_state(resumed), _state(whole))
+        assert resumed.first is resumed.again
+
+    def test_of_a_resnet(self) -> None:
+        digits = load_digits().train
+        few = Augmented(TensorDataset(*(tensor[:60] for tensor in digits.tensors)))  # type: ignore[attr-defined]
+        recipe = _recipe(batch_size=12)
+        whole, resumed = resnet20(in_channels=1), resnet20(in_channels=1)
+        [middle, end] = _states(whole, few, recipe, [Step(epoch=1, iteration=3), Step(epoch=3)])
+        train(resumed, few, recipe, start=middle)
+        assert _equal(_state(resumed), end.weights)
+
+    def test_the_epochs_after_it_are_the_same_and_its_own_is_a_part(
+        self, blobs: TensorDataset
+    ) -> None:
+        states = _states(Net(), blobs, _recipe())
+        known = train(Net(), blobs, _recipe(), start=states[0], test=blobs).epochs
+        found = train(Net(), blobs, _recipe(), start=states[8], test=blobs).epochs
+        assert [record.epoch for record in found] == [2, 3]
+        assert replace(found[1], seconds=0) == replace(known[2], seconds=0)
+        assert found[0].test_accuracy == known[1].test_accuracy
+        assert found[0].loss != known[1].loss
+
+    def test_nothing_of_the_batches_before_is_read(self, blobs: TensorDataset) -> None:
+        states = _states(Net(), blobs, _recipe())
+        data = Augmented(blobs)
+        train(Net(), data, _recipe(), start=states[13])
+        assert data.read == 90 - 3 * 20
+
+    def test_a_start_is_not_changed(self, blobs: TensorDataset) -> None:
+        recipe = _recipe(ema_decay=0.9)
+        start = _states(Net(), blobs, recipe)[4]
+        before = copy.deepcopy(start)
+        train(Net(), blobs, recipe, start=start)
+        assert _same(before, start)
+
+
+class TestStopAndKeep:
+    @pytest.mark.parametrize("done", [0, 1, 5, 7, 15])
+    def test_a_run_stops_where_it_is_told_with_the_schedule_of_the_whole(
+        self, blobs: TensorDataset, done: int
+    ) -> None:
+        whole = Net()
+        stopped = copy.deepcopy(whole)
+        states = _states(whole, Augmented(blobs), _recipe())
+        history = train(stopped, Augmented(blobs), _recipe(), stop=Step(iteration=done))
+        assert _equal(_state(stopped), states[done].weights)
+        assert len(history.epochs) == math.ceil(done / PER_EPOCH)
+
+    def test_keeping_changes_nothing(self, blobs: TensorDataset) -> None:
+        model = Net()
+        twin = copy.deepcopy(model)
+        train(model, Augmented(blobs), _recipe())
+        states = _states(twin, Augmented(blobs), _recipe())
+        assert _equal(_state(model), _state(twin))
+        assert _equal(states[-1].weights, _state(twin))
+
+    def test_a_state_kept_is_no_longer_the_model_s(self, blobs: TensorDataset) -> None:
+        model = Net()
+        initial = _state(model)
+        states = _states(model, blobs, _recipe())
+        assert _equal(states[0].weights, initial)
+        assert not states[0].momentum
+        assert not _equal(states[1].weights, states[2].weights)
+
+    def test_moments_before_the_start_have_passed(self, blobs: TensorDataset) -> None:
+        states = _states(Net(), blobs, _recipe())
+        found: list[TrainingState] = []
+        keep = [Step(iteration=2), Step(epoch=1), Step(epoch=2)]
+        train(Net(), blobs, _recipe(), start=states[5], keep=keep, on_state=found.append)
+        assert [state.step for state in found] == keep[1:]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"stop": Step(epoch=4)}, "stop: epoch 4 lies behind the recipe's end, epoch 3"),
+            ({"stop": Step(iteration=16)}, r"epoch 0 \+ 16 it lies behind .* \(5 batches an epoch"),
+            ({"keep": [Step(epoch=4)]}, "keep: epoch 4 lies behind where the run ends"),
+            ({"keep": [Step(epoch=2)], "stop": Step(epoch=1)}, "keep: epoch 2 lies behind"),
+            ({"keep": [Step()], "on_state": None}, "on_state takes none"),
+        ],
+    )
+    def test_moments_that_never_come_are_refused_at_once(
+        self, blobs: TensorDataset, arguments: dict[str, Any], message: str
+    ) -> None:
+        def ignore(state: TrainingState) -> None:
+            del state
+
+        with pytest.raises(CheckpointError, match=message):
+            train_epochs(Net(), blobs, _recipe(), **{"on_state": ignore, **arguments})
+
+    def test_a_start_behind_the_end_is_refused(self, blobs: TensorDataset) -> None:
+        states = _states(Net(), blobs, _recipe())
+        with pytest.raises(CheckpointError, match="start: epoch 3 lies behind"):
+            train_epochs(Net(), blobs, _recipe(epochs=2, milestones=()), start=states[-1])
+
+    def test_a_start_that_does_not_fit_is_refused_and_the_model_left(
+        self, blobs: TensorDataset
+    ) -> None:
+        model = Net()
+        before = _state(model)
+        wide = replace(TrainingState.of(Net()), momentum={"last.bias": torch.zeros(4)})
+        for start, message in (
+            (TrainingState.of(Shared()), "again.bias has no place"),
+            (wide, r"the momentum last.bias is \(4,\) float32 where \(3,\) float32 is needed"),
+            (replace(wide, momentum={"nil": torch.zeros(4)}), "the momentum nil has no place"),
+            (TrainingState.of(Net().double()), r"\(16,\) float64 where \(16,\) float32"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                train(model, blobs, _recipe(), start=start)
+        assert _equal(_state(model), before)
+
+    def test_averages_need_a_decay_to_go_on_with(self, blobs: TensorDataset) -> None:
+        states = _states(Net(), blobs, _recipe(ema_decay=0.9))
+        with pytest.raises(CheckpointError, match="the recipe has no ema_decay"):
+            train(Net(), blobs, _recipe(), start=states[3])
+        train(Net(), blobs, _recipe(), start=replace(states[3], ema=None))
+
+
+class TestAverages:
+    def test_are_the_sum_written_out(self, blobs: TensorDataset) -> None:
+        states = _states(Net(), blobs, _recipe(ema_decay=0.8))
+        expected = states[0].weights
+        for state in states[1:]:
+            expected = {
+                name: 0.8 * expected[name] + 0.2 * tensor if tensor.is_floating_point() else tensor
+                for name, tensor in state.weights.items()
+            }
+            assert state.ema is not None
+            for name, tensor in expected.items():
+                assert torch.allclose(state.ema[name], tensor, atol=1e-6), name
+
+    def test_are_what_is_evaluated_and_what_the_model_ends_with(self, blobs: TensorDataset) -> None:
+        model, recipe = Net(), _recipe(ema_decay=0.9)
+        states: list[TrainingState] = []
+        keep = [Step(epoch=epoch) for epoch in (1, 2, 3)]
+        history = train(model, blobs, recipe, test=blobs, keep=keep, on_state=states.append)
+        for state, record in zip(states, history.epochs, strict=True):
+            averaged = Net()
+            state.load_into(averaged)
+            assert evaluate(averaged, blobs, batch_size=20).accuracy == record.test_accuracy
+        assert _equal(_state(model), states[-1].ema or {})
+
+    def test_training_goes_on_from_the_weights_and_not_from_them(
+        self, blobs: TensorDataset
+    ) -> None:
+        model = Net()
+        twin = copy.deepcopy(model)
+        plain, averaged = (
+            _states(one, blobs, _recipe(ema_decay=decay))
+            for one, decay in ((model, None), (twin, 0.9))
+        )
+        assert _equal(plain[-1].weights, averaged[-1].weights)
+
+    def test_of_weights_of_16_bits_do_not_stand_still(self, blobs: TensorDataset) -> None:
+        inputs, labels = blobs.tensors
+        data = TensorDataset(inputs.bfloat16(), labels)
+        states = _states(Net().bfloat16(), data, _recipe(ema_decay=0.999))
+        assert states[-1].ema is not None
+        moved = states[-1].ema["last.weight"] - states[0].weights["last.weight"].float()
+        assert moved.abs().min() > 0
 
 
 class TestEvaluate:
@@ -277,6 +572,7 @@ class TestEvaluate:
 def test_the_loop_imports_nothing_of_pruning() -> None:
     tree = ast.parse(Path(training_module.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"data", "errors", "lottery.recipe", "modes", "randomness"}
+    lottery = {f"lottery.{name}" for name in ("averages", "recipe", "span", "state", "steps")}
+    allowed = {"data", "errors", "modes", "randomness"} | lottery
     ours = {name for name in imported if name and name.startswith("blockprune")}
     assert ours == {f"blockprune.{name}" for name in allowed}

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from blockprune.data import load_digits
 from blockprune.lottery.experiment import Policy, tickets_at_initialisation
 from blockprune.lottery.recipe import Recipe
-from blockprune.lottery.training import Step
+from blockprune.lottery.training import Progress as TrainingProgress
 from blockprune.models import resnet32
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.report import comparison_table, reading_notes, staged_folder, write_report
@@ -140,7 +140,7 @@ class _LiveProgress:
         """Show what begins."""
         self._progress.update(self._task, description=text)
 
-    def step(self, p: int, step: Step) -> None:
+    def step(self, p: int, step: TrainingProgress) -> None:
         """Advance by one training step."""
         name = "dense" if p == 0 else f"p={p}  "
         self._progress.update(

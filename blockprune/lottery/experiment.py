@@ -24,7 +24,7 @@ from blockprune.data import ImageData, balanced_batch, size_of
 from blockprune.errors import DataError
 from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.results import ExperimentResult, NetworkResult
-from blockprune.lottery.training import Step, evaluate, train, train_epochs
+from blockprune.lottery.training import Progress, evaluate, train, train_epochs
 from blockprune.plan import PruningPlan, make_plan
 from blockprune.profiling import Latency, compare_latency
 from blockprune.scoring import score_blocks
@@ -48,7 +48,7 @@ class Watcher(Protocol):
     def stage(self, text: str) -> None:
         """Something begins: ``text`` says what."""
 
-    def step(self, p: int, step: Step) -> None:
+    def step(self, p: int, step: Progress) -> None:
         """The network of ``p`` (0: dense) took one training step."""
 
 
@@ -241,5 +241,5 @@ class _Silent:
     def stage(self, text: str) -> None:
         del text
 
-    def step(self, p: int, step: Step) -> None:
+    def step(self, p: int, step: Progress) -> None:
         del p, step

@@ -54,6 +54,12 @@ class Recipe(BaseModel):
     warmup_epochs: float = Field(
         default=0.0, ge=0, allow_inf_nan=False, description="Epochs in which the rate rises to lr."
     )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Of the moving average of the weights, which is then what a run ends with.",
+    )
     batch_size: int = Field(default=128, ge=1, description="Samples a step, in each process.")
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Of the data order and of all that training draws."

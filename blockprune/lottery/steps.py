@@ -1,4 +1,4 @@
-"""A moment of training as one type, so that nobody asks whether a number means epochs or batches."""
+"""A moment of training as one type: nobody asks whether a number means epochs or batches."""
 
 from __future__ import annotations
 
