@@ -37,7 +37,8 @@ Verdict = Literal["wins", "ties", "loses", "not enough seeds"]
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A similarity with what never varies is NaN, and must come back from the file as such.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class TicketCase(_Value):
@@ -45,12 +46,15 @@ class TicketCase(_Value):
 
     Attributes:
         kind: of the network.
-        criterion: that chose the blocks; None for the dense network, "random" for that control.
+        criterion: that chose the blocks; None for the dense network, "random" for that control,
+            for a ticket from scratch that of the ticket whose blocks it has.
         p: blocks removed.
         scored_at: the moment of dense training whose weights were scored; None where none were.
         weights: what the ticket's weights and schedule start from; None for the dense network.
         rewound_to: the moment that the policy goes back to; None where it does not.
         schedule: "one-shot" or "iterative".
+        early_bird: whether the ticket was drawn, and its weights are from, when masks had settled:
+            at an epoch that each seed has of its own, so that `scored_at` is None.
     """
 
     kind: Kind
@@ -60,21 +64,34 @@ class TicketCase(_Value):
     weights: Weights | None = None
     rewound_to: Step | None = None
     schedule: Literal["one-shot", "iterative"] = "one-shot"
+    early_bird: bool = False
 
     def label(self) -> str:
         """Return the case in a few words, for tables and legends."""
         if self.kind == "dense":
             return "dense"
-        words = [self.criterion if self.kind == "ticket" else self.kind, f"p={self.p}"]
-        if self.kind == "ticket" and self.scored_at is not None:
+        words = [self._who(), f"p={self.p}"]
+        if self.scored_at is not None:
             words.append(f"scored at {self.scored_at}")
-        if self.weights not in (None, "rewind"):
+        if self.early_bird:
+            words.append("early bird")
+        if self.weights in ("learning-rate", "finetune") or self._is_reinitialised_ticket:
             words.append(str(self.weights))
-        elif self.rewound_to is not None and self.rewound_to != Step(epoch=0):
+        if self.rewound_to is not None and self.rewound_to != Step(epoch=0):
             words.append(f"rewound to {self.rewound_to}")
         if self.schedule == "iterative":
             words.append("iterative")
-        return ", ".join(str(word) for word in words)
+        return ", ".join(words)
+
+    def _who(self) -> str:
+        if self.kind == "scratch":
+            return f"scratch of {self.criterion}" if self.criterion else "scratch"
+        return str(self.criterion) if self.kind == "ticket" else self.kind
+
+    @property
+    def _is_reinitialised_ticket(self) -> bool:
+        # A ticket from scratch has new weights by its name.
+        return self.weights == "reinit" and self.kind != "scratch"
 
 
 class EpochFigures(_Value):
@@ -102,6 +119,7 @@ class NetworkRecord(_Value):
         epochs: those this network trained itself, those before a rewind not counted.
         latency_ms: median time of one forward pass of `RunRecord.latency_batch`; None unmeasured.
         latency_iqr_ms: its interquartile range.
+        drawn_at: of an early-bird ticket, the epoch at which masks had settled; None otherwise.
         stage: the directory of the run that holds its weights.
     """
 
@@ -116,6 +134,7 @@ class NetworkRecord(_Value):
     epochs: tuple[EpochFigures, ...]
     latency_ms: float | None = None
     latency_iqr_ms: float | None = None
+    drawn_at: Step | None = None
     stage: str
 
     @property
@@ -239,6 +258,23 @@ class RunRecord(_Value):
     def to_json(self) -> str:
         """Return the record as indented JSON; equal records give equal text."""
         return self.model_dump_json(indent=2) + "\n"
+
+    def without_times(self) -> RunRecord:
+        """Return the record without what clocks said, which two runs of one spec never agree in.
+
+        All else is the same, on a CPU to the last bit, however often a run was interrupted.
+        """
+        networks = [
+            network.model_copy(
+                update={
+                    "latency_ms": None,
+                    "latency_iqr_ms": None,
+                    "epochs": tuple(e.model_copy(update={"seconds": 0.0}) for e in network.epochs),
+                }
+            )
+            for network in self.networks
+        ]
+        return self.model_copy(update={"networks": tuple(networks)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RunRecord:

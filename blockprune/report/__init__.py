@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from blockprune.report.files import staged_folder, write_report
+from blockprune.report.bench import BenchResult
+from blockprune.report.bench_plot import plot_bench
+from blockprune.report.bench_tables import bench_notes, bench_tables
+from blockprune.report.files import staged_folder, write_report, write_whole
+from blockprune.report.page import page_html
 from blockprune.report.plots import plot_accuracy, plot_blocks
+from blockprune.report.record_csv import networks_csv, scores_csv, verdicts_csv
+from blockprune.report.run_files import read_run, write_run_report
 from blockprune.report.tables import comparison_markdown, comparison_table, reading_notes
 
 __all__ = [
+    "BenchResult",
+    "bench_notes",
+    "bench_tables",
     "comparison_markdown",
     "comparison_table",
+    "networks_csv",
+    "page_html",
     "plot_accuracy",
+    "plot_bench",
     "plot_blocks",
+    "read_run",
     "reading_notes",
+    "scores_csv",
     "staged_folder",
+    "verdicts_csv",
     "write_report",
+    "write_run_report",
+    "write_whole",
 ]

@@ -17,7 +17,7 @@ from blockprune.lottery.results import ExperimentResult
 from blockprune.report.plots import plot_accuracy, plot_blocks
 from blockprune.report.tables import comparison_markdown, comparison_table, reading_notes
 
-__all__ = ["staged_folder", "write_report"]
+__all__ = ["staged_folder", "write_report", "write_whole"]
 
 TEXT_WIDTH = 80
 
@@ -84,6 +84,38 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             # Made by us, and still empty: nothing was moved in.
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step: at any time it is the old one or the new one, never a part.
+
+    Raises:
+        BlockpruneError: it cannot be written.
+
+    Example:
+        ``write_whole(Path("results.json"), result.to_json())``
+    """
+    temporary: Path | None = None
+    try:
+        # Beside it: a move within one folder never crosses file systems.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes files for the owner alone.
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BlockpruneError(f"{path} cannot be written to: {error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _make_staging(out: Path) -> Path:
