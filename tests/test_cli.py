@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from blockprune.cli import main
 from blockprune.cli.output import print_line, wrap_name
+from blockprune.costs import paper_memory_bytes
 from blockprune.models import resnet20
 from blockprune.scoring import score_blocks
 from blockprune.tracing import trace_model
@@ -742,6 +744,276 @@ def test_bench_prints_the_flops_column_of_the_paper(
     macs = {line.split()[0]: line.split()[-2] for line in first if line.startswith("p=")}
     assert macs == {f"p={p}": percent for p, percent in saved.items()}
     assert set(rows) == set(macs)
+
+
+def test_bench_says_everything_in_absolute_terms_and_against_dense(cli: Cli) -> None:
+    options = ("-p", "1,2", "-c", "random", "--batch", "1,3", "--repeats", 6)
+    training = ("--train", "--train-batch", 4, "--epoch-samples", 10, "--watts", 200, "--grid", 0.5)
+    found = _json(cli, "bench", RESNET20, *options, *training)
+    assert found["complete"]
+    assert found["training"] == {
+        "batch": 4,
+        "epoch_samples": 10,
+        "watts": 200.0,
+        "grid_kg_per_kwh": 0.5,
+    }
+    dense, *tickets = found["networks"]
+    # The papers' figure of a ResNet20: 4 bytes a layer output, a parameter and a statistic.
+    assert dense["paper_memory_bytes"] == paper_memory_bytes(resnet20(), torch.zeros(1, 3, 32, 32))
+    for network in (dense, *tickets):
+        assert [figures["batch"] for figures in network["memory"]] == [1, 3]
+        for figures, whole in zip(network["memory"], dense["memory"], strict=True):
+            share = 100 * figures["peak_bytes"] / whole["peak_bytes"]
+            assert figures["percent"] == pytest.approx(share)
+            assert figures["peak_bytes"] >= figures["state_bytes"] >= 4 * network["params"]
+        for figures in network["latency"]:
+            low, high = figures["interval_ms"]
+            assert low <= figures["median_ms"] <= high
+            low, high = figures["percent_interval"]
+            assert low <= figures["percent"] <= high
+            assert figures["speed_up"] == pytest.approx(100 / figures["percent"])
+            in_a_second = 1e3 * figures["batch"] / figures["median_ms"]
+            assert figures["samples_per_s"] == pytest.approx(in_a_second)
+        trained = network["training"]
+        # Ten samples are three steps of four.
+        assert trained["epoch_seconds"] == pytest.approx(3 * trained["step_ms"] / 1e3)
+        assert trained["kwh"] == pytest.approx(200 * trained["epoch_seconds"] / 3600 / 1000)
+        assert trained["co2_kg"] == pytest.approx(0.5 * trained["kwh"])
+        assert trained["co2_percent"] == trained["percent"]
+        assert [part["part"] for part in trained["energy"]] == ["device"]
+    assert dense["latency"][0]["percent"] == dense["training"]["percent"] == 100
+    assert dense["training"]["memory"]["percent"] == 100
+    peaks = [network["training"]["memory"]["peak_bytes"] for network in (dense, *tickets)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 3
+
+
+def test_bench_reads_at_80_columns(cli: Cli) -> None:
+    options = ("--keep-macs", 0.8, "-c", "l1", "--batch", "1,16", "--repeats", 2, "--train")
+    code, out, err = cli("bench", RESNET20, *options, "--train-batch", 2)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for header in ("latency ms", "memory MB", "paper saved", "epoch s", "CO2 g an epoch"):
+        assert header in out
+    # Two rounds are too few for an interval.
+    assert "the rounds are too few for one" in " ".join(out.split())
+    assert "CO2 by formula: kg = 85 W x hours / 1000 x 0.432 kg/kWh" in out
+
+
+def test_without_train_nothing_is_trained(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockprune.cli import measuring
+
+    for name in ("compare_training", "training_memory", "metered_step"):
+        monkeypatch.setattr(measuring, name, lambda *args, **options: pytest.fail("it trained"))
+    found = _json(cli, "bench", RESNET20, "-c", "random", "--repeats", 1)
+    assert found["training"] is None
+    assert [network["training"] for network in found["networks"]] == [None, None]
+
+
+def test_bench_converts_copies(cli: Cli) -> None:
+    options = ("-c", "random", "--repeats", 1)
+    plain = _json(cli, "bench", RESNET20, *options)
+    half = _json(cli, "bench", RESNET20, *options, "--dtype", "bfloat16", "--channels-last")
+    assert (plain["execution"], half["execution"]) == ("", "channels last, bfloat16")
+    [[whole], [halved]] = ([n["memory"][0] for n in f["networks"][:1]] for f in (plain, half))
+    # Statistics' counters stay 64 bits wide.
+    counters = 8 * sum(isinstance(m, nn.BatchNorm2d) for m in resnet20().modules())
+    assert 2 * (halved["state_bytes"] - counters) == whole["state_bytes"] - counters
+
+
+def test_bench_finds_the_saturated_batch(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockprune.cli import bench
+    from blockprune.profiling import Saturation
+
+    found = Saturation(2, {1: 1.0, 2: 2.0, 4: 2.0}, "throughput")
+    monkeypatch.setattr(bench, "saturated_batch", lambda *args, **options: found)
+    options = ("-c", "random", "--repeats", 1, "--batch", "1,saturated,3")
+    networks = _json(cli, "bench", RESNET20, *options)["networks"]
+    assert [figures["batch"] for figures in networks[1]["latency"]] == [1, 2, 3]
+
+
+def test_bench_draws_and_writes_what_it_prints(cli: Cli, tmp_path: Path) -> None:
+    options = ("-c", "random", "--repeats", 6, "--out", "r.json", "--plot", "r.png")
+    found = _json(cli, "bench", RESNET20, *options)
+    assert json.loads((tmp_path / "r.json").read_text()) == found
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.png"]
+    code, out, err = cli("bench", RESNET20, *options)
+    assert (code, out) == (2, "")
+    assert "--force" in err
+    code, out, _ = cli("bench", RESNET20, *options, "--force")
+    assert code == 0
+    assert "Written to r.json\nWritten to r.png" in out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--watts", "200"),
+        ("--grid", "0.4"),
+        ("--train-batch", "8"),
+        ("--epoch-samples", "8"),
+        ("--meter-energy",),
+        ("--train", "--watts", "0"),
+        ("--train", "--watts", "nan"),
+        ("--train", "--grid", "-1"),
+        ("--train", "--train-batch", "0"),
+        ("--train", "--epoch-samples", "0"),
+        ("--train", "--watts", "100", "--meter-energy"),
+        ("--dtype", "int8"),
+        ("--batch", "saturate"),
+        ("--out", "."),
+        ("--out", "absent/r.json"),
+        ("--plot", "r.svg"),
+    ],
+    ids=" ".join,
+)
+def test_bench_options_without_sense_are_refused_before_any_work(
+    cli: Cli, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from blockprune.cli import models
+
+    monkeypatch.setattr(models, "build_model", lambda *args: pytest.fail("a model was built"))
+    code, out, err = cli("bench", RESNET20, *options)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_absent_meter_is_told_before_any_work(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockprune.cli import models
+
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    monkeypatch.setattr(models, "build_model", lambda *args: pytest.fail("a model was built"))
+    code, out, err = cli("bench", RESNET20, "--train", "--meter-energy")
+    assert (code, out) == (1, "")
+    assert "pip install 'blockprune[carbon]'" in err
+
+
+def test_metered_energy_is_shown_with_its_sources(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.cli import bench, measuring
+    from blockprune.profiling import Energy, EnergyPart
+
+    parts = (EnergyPart("CPU", 3e-6, True, "a counter"), EnergyPart("RAM", 1e-6, False, "a guess"))
+    metered = []
+
+    def meter(model: nn.Module, *args: Any, **options: Any) -> Energy:
+        # Tickets use half of what the dense network uses.
+        metered.append(model)
+        return Energy(1.0, parts, options["grid_kg_per_kwh"]).times(len(metered) % 2 or 2)
+
+    monkeypatch.setattr(bench, "check_meter", lambda: None)
+    monkeypatch.setattr(measuring, "metered_step", meter)
+    options = ("-p", "1,2", "-c", "random", "--repeats", 1, "--train", "--meter-energy")
+    options = (*options, "--train-batch", 2, "--epoch-samples", 6)
+    networks = _json(cli, "bench", RESNET20, *options)["networks"]
+    assert [network["training"]["co2_percent"] for network in networks] == [100.0, 50.0, 50.0]
+    assert [n["training"]["kwh"] for n in networks] == pytest.approx([24e-6, 12e-6, 12e-6])
+    assert [part["measured"] for part in networks[1]["training"]["energy"]] == [True, False]
+    _, out, _ = cli("bench", RESNET20, *options)
+    text = " ".join(out.split())
+    assert "CPU measured (a counter); RAM estimated (a guess)" in text
+
+
+def _interrupting(after: int) -> Callable[..., Any]:
+    """Return a timing of passes that is interrupted when so many tickets were timed."""
+    from blockprune.profiling import compare_latency
+
+    calls = iter(range(after))
+
+    def timing(*args: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return compare_latency(*args, **options)
+
+    return timing
+
+
+def test_an_interrupted_bench_keeps_the_networks_it_measured(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from blockprune.cli import measuring
+
+    options = ("-p", "1,2,3", "-c", "random", "--repeats", 1, "--out", "r.json")
+    monkeypatch.setattr(measuring, "compare_latency", _interrupting(after=2))
+    code, out, err = cli("bench", RESNET20, *options)
+    assert code == 130
+    assert "Unfinished: measured dense, p=1, p=2; in r.json. Missing: p=3." in err
+    assert "p=2" in out
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert not kept["complete"]
+    assert [network["name"] for network in kept["networks"]] == ["dense", "p=1", "p=2"]
+    assert all(network["latency"] for network in kept["networks"])
+
+    monkeypatch.setattr(measuring, "compare_latency", _interrupting(after=1))
+    code, out, err = cli("bench", RESNET20, "-p", "1,2", "-c", "random", "--repeats", 1, "--json")
+    assert code == 130
+    assert [network["name"] for network in json.loads(out)["networks"]] == ["dense", "p=1"]
+    assert "Missing: p=2." in err
+
+
+def test_a_bench_interrupted_before_the_first_network(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from blockprune.cli import models
+
+    def interrupt(spec: str, seed: int) -> nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "build_model", interrupt)
+    code, out, err = cli("bench", RESNET20, "--out", "r.json")
+    assert (code, out) == (130, "")
+    assert "nothing was measured" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ticket_that_fails_takes_no_other_with_it(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.cli import measuring
+    from blockprune.errors import MeasurementError
+
+    timing = _interrupting(after=1)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        try:
+            return timing(*args, **options)
+        except KeyboardInterrupt:
+            raise MeasurementError("p=2 does not fit") from None
+
+    monkeypatch.setattr(measuring, "compare_latency", failing)
+    code, out, err = cli("bench", RESNET20, "-p", "1,2", "-c", "random", "--repeats", 1)
+    assert code == 1
+    assert "p=1" in out
+    assert err.splitlines() == [
+        "Unfinished: measured dense, p=1. Missing: p=2.",
+        "error: p=2 does not fit",
+    ]
+
+
+def test_a_bench_that_is_killed_leaves_whole_figures(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from blockprune.cli import main, measuring\n"
+        "timing, calls = measuring.compare_latency, iter(range(1))\n"
+        "def kill(*args, **options):\n"
+        "    if next(calls, None) is None: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return timing(*args, **options)\n"
+        "measuring.compare_latency = kill\n"
+        "sys.argv = ['blockprune', 'bench', 'blockprune:resnet20', '-p', '1,2', '-c', 'random',\n"
+        "            '--repeats', '1', '--out', 'r.json']\n"
+        "main()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert [network["name"] for network in kept["networks"]] == ["dense", "p=1"]
+    assert not kept["complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_one_block_and_all_of_them_are_two_budgets(cli: Cli) -> None:

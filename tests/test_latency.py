@@ -1,9 +1,14 @@
-"""Latency: what is run, how often, in which order. Never how fast: that belongs to benchmarks/."""
+"""Latency: what is run, how often, in which order, and as what. Never how fast: that belongs to
+benchmarks/."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import logging
 import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.errors import BlockpruneError, MeasurementError, TraceError
-from blockprune.profiling import Latency, compare_latency, measure_latency
+from blockprune.profiling import (
+    Execution,
+    Latency,
+    compare_latency,
+    measure_latency,
+    saturated_batch,
+)
+from blockprune.profiling import execution as execution_module
 
 
 class Recorder(nn.Module):
@@ -162,3 +174,234 @@ def test_a_batch_as_it_is_given() -> None:
 
     [found] = measure_latency(Scalar(), (2.0,), batch_sizes=None, repeats=2, warmup=1)
     assert (found.batch_size, len(found.samples_ms)) == (1, 2)
+
+
+class Slowing:
+    """A clock on a machine that slows down steadily: the n-th reading is n times the true time."""
+
+    def __init__(self, log: list[tuple[str, int]], true_seconds: dict[str, float]) -> None:
+        self.log = log
+        self.true_seconds = true_seconds
+        self.readings = 0
+
+    def seconds(self, call: Callable[[], object], passes: int) -> float:
+        call()
+        self.readings += 1
+        return self.readings * self.true_seconds[self.log[-1][0]]
+
+
+def test_a_machine_that_slows_down_does_not_bend_the_ratio() -> None:
+    log: list[tuple[str, int]] = []
+    models = {name: Recorder(name, log) for name in ("dense", "ticket")}
+    clock = Slowing(log, {"dense": 2.0, "ticket": 1.0})
+    measured = compare_latency(models, torch.zeros(1, 2), repeats=8, warmup=1, clock=clock)
+    [dense], [ticket] = measured["dense"], measured["ticket"]
+    # Two readings of each come before the first round; the order turns over in each.
+    places = [(5, 6), (8, 7), (9, 10), (12, 11), (13, 14), (16, 15), (17, 18), (20, 19)]
+    assert dense.samples_ms == tuple(2e3 * first for first, _ in places)
+    assert ticket.samples_ms == tuple(1e3 * second for _, second in places)
+    ratios = sorted(2 * first / second for first, second in places)
+    assert dense.ratio_to(ticket) == pytest.approx((ratios[3] + ratios[4]) / 2)
+    # Eight rounds: the extremes, with 2 * (1/2) ** 8 left outside.
+    assert dense.ratio_interval_to(ticket) == pytest.approx((ratios[0], ratios[-1]))
+    low, high = dense.ratio_interval_to(ticket) or (0, 0)
+    assert low < 2 < high
+
+
+def test_short_passes_are_repeated_and_counted_out() -> None:
+    log: list[tuple[str, int]] = []
+    asked: list[int] = []
+
+    class Quick:
+        def seconds(self, call: Callable[[], object], passes: int) -> float:
+            asked.append(passes)
+            return 0.0005
+
+    measure_latency(Recorder("a", log), torch.zeros(1, 2), repeats=2, warmup=3)
+    compare_latency(
+        {"a": Recorder("a", log)}, torch.zeros(1, 2), repeats=2, warmup=3, clock=Quick()
+    )
+    # The warm-up, one to see how long it takes, then as many as fill 2 ms.
+    assert asked == [3, 1, 4, 4]
+
+
+def test_throughput() -> None:
+    assert Latency(8, (2.0, 4.0, 5.0)).samples_per_s == 8 / 0.004
+
+
+class Formats(nn.Module):
+    """Notes the number format and the memory layout of its input and its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        last = torch.channels_last
+        self.seen.add(
+            (
+                x.dtype,
+                self.conv.weight.dtype,
+                ids.dtype,
+                x.is_contiguous(memory_format=last),
+                self.conv.weight.is_contiguous(memory_format=last),
+            )
+        )
+        return self.conv(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Formats:
+        # The copy writes into the same set, or nobody would see what it ran as.
+        copied = Formats()
+        copied.load_state_dict(copy.deepcopy(self.state_dict(), memo))
+        copied.seen = self.seen
+        return copied
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_copies_run_in_the_format_asked_for(channels_last: bool, dtype: torch.dtype | None) -> None:
+    model = Formats()
+    weights = copy.deepcopy(model.state_dict())
+    inputs = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    execution = Execution(channels_last=channels_last, dtype=dtype)
+    measure_latency(model, inputs, batch_sizes=(2,), repeats=1, warmup=1, execution=execution)
+    expected = dtype or torch.float32
+    assert model.seen == {(expected, expected, torch.int64, channels_last, channels_last)}
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert model.conv.weight.is_contiguous()
+    assert not model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_volumes_lie_channels_last_as_well() -> None:
+    model = nn.Conv3d(3, 4, 3)
+    converted = Execution(channels_last=True).converted(model)
+    assert converted.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(converted.weight, model.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "float16"])
+def test_a_number_format_that_is_none_is_refused(dtype: Any) -> None:
+    with pytest.raises(MeasurementError, match="dtype must be a floating-point format"):
+        Execution(dtype=dtype)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Compile without generating code; return what was compiled."""
+    compiled: list[object] = []
+    real = functools.partial(torch.compile, backend="eager")
+
+    def compile_(model: Any, **options: Any) -> Any:
+        compiled.append(model)
+        return real(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    execution_module._compiler_failure.cache_clear()
+    yield compiled
+    execution_module._compiler_failure.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_compiled_copies_for_more_batch_sizes_than_torch_compiles_unasked(
+    eager_compiler: list[object],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    sizes = tuple(range(1, 11))
+    execution = Execution(compile=True)
+    found = measure_latency(
+        model, torch.zeros(1, 4), batch_sizes=sizes, repeats=1, warmup=1, execution=execution
+    )
+    assert [latency.batch_size for latency in found] == list(sizes)
+    # The trial of the compiler comes first.
+    assert len(eager_compiler) == 1 + len(sizes)
+
+
+def test_no_compiler_is_an_error_that_says_so_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, eager_compiler: list[object]
+) -> None:
+    def broken(model: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler found\nmany more lines")
+
+    log: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(MeasurementError, match=r"torch\.compile does not work on cpu") as info:
+        measure_latency(Recorder("a", log), torch.zeros(1, 2), execution=Execution(compile=True))
+    assert "RuntimeError: no C++ compiler found. Install" in str(info.value)
+    assert log == []
+
+
+def test_a_module_that_alone_does_not_compile_is_named(
+    monkeypatch: pytest.MonkeyPatch, eager_compiler: list[object]
+) -> None:
+    def selective(model: Any, **options: Any) -> Any:
+        def fail(*args: Any) -> None:
+            raise RuntimeError("graph too strange")
+
+        return fail if isinstance(model, Recorder) else model
+
+    monkeypatch.setattr(torch, "compile", selective)
+    run = functools.partial(measure_latency, execution=Execution(compile=True))
+    with pytest.raises(
+        MeasurementError, match=r"model runs, and cannot be compiled: .*too strange"
+    ):
+        run(Recorder("a", []), torch.zeros(1, 2))
+    # What the module itself refuses stays the inputs' fault.
+    with pytest.raises(TraceError, match="model refused the example inputs"):
+        run(nn.Linear(3, 2), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("curve", "limit", "size", "reason"),
+    [
+        # 1 -> 2 -> 4 pay, 8 brings 3 %.
+        ([100.0, 190.0, 300.0, 309.0], 1024, 4, "throughput"),
+        # More than 5 % each time, to the end.
+        ([100.0, 200.0, 400.0], 4, 4, "limit"),
+        ([100.0, 200.0, 400.0], 5, 4, "limit"),
+        ([100.0], 1, 1, "limit"),
+        ([100.0, 90.0], 1024, 1, "throughput"),
+    ],
+)
+def test_the_saturated_batch_is_where_throughput_stops_growing(
+    curve: list[float], limit: int, size: int, reason: str
+) -> None:
+    throughput = {2**power: value for power, value in enumerate(curve)}
+    found = saturated_batch(nn.Identity(), None, limit=limit, throughput=throughput.__getitem__)
+    assert (found.batch_size, found.reason) == (size, reason)
+    assert found.samples_per_s == throughput
+
+
+def test_a_batch_that_does_not_fit_ends_the_search() -> None:
+    class Small(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("3 GiB asked for")
+            return super().forward(x)
+
+    curve = itertools.count(1)
+
+    def growing(size: int) -> float:
+        if size > 2:
+            measure_latency(Small(3, 3), torch.zeros(1, 3), batch_sizes=(size,))
+        return 10.0 ** next(curve)
+
+    found = saturated_batch(Small(3, 3), torch.zeros(1, 3), throughput=growing)
+    assert (found.batch_size, found.reason) == (2, "memory")
+    with pytest.raises(MeasurementError, match=r"model does not fit in the memory .* 3 GiB"):
+        measure_latency(Small(3, 3), torch.zeros(1, 3), batch_sizes=(4,))
+
+
+@pytest.mark.parametrize("arguments", [{"limit": 0}, {"gain": 1.0}, {"gain": -0.1}, {"repeats": 0}])
+def test_a_search_without_sense_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(MeasurementError):
+        saturated_batch(nn.Identity(), torch.zeros(1, 2), **arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_timed_by_marks_in_its_queue() -> None:
+    model = nn.Linear(64, 64).cuda()
+    [found] = measure_latency(model, torch.zeros(1, 64), batch_sizes=(32,), repeats=3)
+    assert len(found.samples_ms) == 3
+    assert all(sample > 0 for sample in found.samples_ms)

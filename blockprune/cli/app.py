@@ -13,13 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from blockprune.cli.options import (
+    LARGEST_BATCH,
     parse_asked,
     parse_batches,
     parse_shape,
+    parse_training,
 )
 from blockprune.errors import BlockNotFoundError, BlockpruneError, ModelSpecError
 
-__all__ = ["Data", "Granularity", "Ranking", "Schedule", "app", "main"]
+__all__ = ["Data", "Granularity", "NumberFormat", "Ranking", "Schedule", "app", "main"]
 
 # What was asked for does not exist: the command line is at fault, as for an unknown option.
 USAGE_ERRORS = (BlockNotFoundError, ModelSpecError)
@@ -53,6 +55,13 @@ class Data(StrEnum):
     random = "random"
     digits = "digits"
     cifar10 = "cifar10"
+
+
+class NumberFormat(StrEnum):
+    """What numbers a network is run with."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 class _Commands(TyperGroup):
@@ -343,11 +352,58 @@ def bench(
     max_latency_ms: MaxLatency = None,
     by: By = Ranking.score,
     schedule: ScheduleOption = Schedule.one_shot,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes, such as 1,8.")] = "1",
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N,...",
+            help="Batch sizes, such as 1,8; saturated: where throughput stops growing.",
+        ),
+    ] = "1",
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, max=100_000, help="Timed rounds.")
     ] = 30,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[
+        NumberFormat | None,
+        typer.Option(help="Run converted copies; in training, under autocast."),
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Run copies with images channels last.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run copies by torch.compile.")
+    ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Also measure training: time, memory, CO2.")
+    ] = False,
+    train_batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=LARGEST_BATCH, help="Samples a step; default 64."),
+    ] = None,
+    epoch_samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples of an epoch; default 50000, as CIFAR-10."),
+    ] = None,
+    watts: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W", help="Of the device, for CO2; default 300 on a GPU, 85 on a CPU."
+        ),
+    ] = None,
+    grid: Annotated[
+        float | None,
+        typer.Option(metavar="KG", help="CO2 of the grid in kg for a kWh; default 0.432."),
+    ] = None,
+    meter_energy: Annotated[
+        bool,
+        typer.Option("--meter-energy", help="Meter the energy by codecarbon (extra carbon)."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A JSON file, written after each network."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="A PNG file.")] = None,
+    force: Force = False,
     criterion: Criterion = "grasp",
     protect: Protect = None,
     min_blocks_per_stage: MinBlocks = 0,
@@ -362,16 +418,34 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL and its tickets side by side: latency, MACs, parameters."""
+    """Measure MODEL and its tickets side by side: MACs, parameters, latency, memory, training."""
     budgets = parse_asked(p, keep_macs, keep_params, max_latency_ms, default="1")
     batches = parse_batches(batch)
     shapes = [parse_shape(text) for text in input_shape or []]
-    from blockprune.cli.bench import check_device, run
+    training = parse_training(
+        train,
+        batch=train_batch,
+        epoch_samples=epoch_samples,
+        watts=watts,
+        grid=grid,
+        meter_energy=meter_energy,
+    )
+    from blockprune.cli.bench import Outputs, check_device, checked_request, run
     from blockprune.cli.criteria import criterion_named
     from blockprune.cli.models import ModelSource
     from blockprune.cli.tickets import Recipe
 
-    checked = check_device(device)
+    outputs = Outputs(out=out, plot=plot, force=force, as_json=as_json)
+    outputs.check()
+    request = checked_request(
+        check_device(device),
+        batches,
+        repeats,
+        training,
+        dtype=dtype.value if dtype else None,
+        channels_last=channels_last,
+        compiled=compiled,
+    )
     source = ModelSource(model, weights, shapes, seed)
     recipe = Recipe(
         criterion=criterion_named(criterion),
@@ -387,7 +461,7 @@ def bench(
         preserve_root=preserve_root,
         leaf_modules=tuple(leaf_modules or ()),
     )
-    run(source, recipe, budgets, batches, repeats, checked, as_json=as_json)
+    run(source, recipe, budgets, request, outputs)
 
 
 @app.command()
@@ -413,6 +487,58 @@ def demo(
     from blockprune.cli.demo import demo_command
 
     raise typer.Exit(demo_command(out=out, quick=quick, seed=seed, force=force))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, or its results.json.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the report goes; default: RUN/report."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write the report of a lottery run: one HTML page, and the tables behind it."""
+    from blockprune.cli.report import run as write
+
+    write(run, out, force=force)
+
+
+lottery = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help="Experiments that validate tickets: trained, controlled, judged over seeds.",
+)
+app.add_typer(lottery, name="lottery")
+
+
+@lottery.callback()
+def _lottery() -> None:
+    """Keep `run` a command of its own, as others will stand beside it."""
+
+
+@lottery.command("run")
+def lottery_run(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The experiment, a TOML file.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Of the run; an unfinished one is taken up.")
+    ],
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The folder that holds the data.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(metavar="WHERE", help="local, or dask://HOST:PORT (extra cluster).")
+    ] = "local",
+    jobs: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1024, help="Worker processes of local.")
+    ] = 1,
+) -> None:
+    """Train what SPEC asks for, with its controls; print who wins."""
+    from blockprune.cli.lottery import run_command
+
+    raise typer.Exit(run_command(spec, out, data_dir, executor, jobs))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,9 +11,20 @@ import typer
 if TYPE_CHECKING:
     from blockprune.plan import Budget
 
-__all__ = ["parse_asked", "parse_batches", "parse_budget", "parse_budgets", "parse_shape"]
+__all__ = [
+    "LARGEST_BATCH",
+    "TrainingOptions",
+    "parse_asked",
+    "parse_batches",
+    "parse_budget",
+    "parse_budgets",
+    "parse_shape",
+    "parse_training",
+]
 
 LARGEST_BATCH = 65_536
+
+SATURATED = "saturated"
 
 
 def parse_budget(text: str) -> int | float:
@@ -95,13 +107,67 @@ def _limit(option: str, text: str) -> int | float | Budget:
         raise typer.BadParameter(f"{option} {text!r} is not valid: {error}") from error
 
 
-def parse_batches(text: str) -> tuple[int, ...]:
-    """Read a list of batch sizes such as ``1,8``, each once, in the order given."""
-    sizes = _integers("--batch", text, "batch sizes such as 1,8")
+def parse_batches(text: str) -> tuple[int | None, ...]:
+    """Read a list of batch sizes such as ``1,8``, each once, in the order given.
+
+    None stands for the word ``saturated``: where throughput stops growing.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = [part for part in parts if part != SATURATED]
+    wanted = f"batch sizes such as 1,8, or {SATURATED}"
+    sizes = _integers("--batch", ",".join(named), wanted) if named else ()
     for size in sizes:
         if not 1 <= size <= LARGEST_BATCH:
             raise _refused("--batch", text, f"sizes between 1 and {LARGEST_BATCH}")
-    return tuple(dict.fromkeys(sizes))
+    return tuple({part: None if part == SATURATED else int(part) for part in parts}.values())
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is asked of training; None where the default is.
+
+    Attributes:
+        batch: samples a step.
+        epoch_samples: samples of one epoch.
+        watts: of the device.
+        grid: kg of CO2 for a kWh.
+        meter_energy: in place of the formula with the watts.
+    """
+
+    batch: int | None
+    epoch_samples: int | None
+    watts: float | None
+    grid: float | None
+    meter_energy: bool
+
+
+def parse_training(
+    train: bool,
+    *,
+    batch: int | None,
+    epoch_samples: int | None,
+    watts: float | None,
+    grid: float | None,
+    meter_energy: bool,
+) -> TrainingOptions | None:
+    """Return the options of training, None without ``--train``; refuse those without meaning."""
+    asked = {
+        "--train-batch": batch,
+        "--epoch-samples": epoch_samples,
+        "--watts": watts,
+        "--grid": grid,
+        "--meter-energy": meter_energy or None,
+    }
+    given = [option for option, value in asked.items() if value is not None]
+    if given and not train:
+        raise typer.BadParameter(f"{' and '.join(given)} say how to train: add --train.")
+    if watts is not None and meter_energy:
+        raise typer.BadParameter("--watts are for the formula, --meter-energy is in its place.")
+    if watts is not None and not (math.isfinite(watts) and watts > 0):
+        raise _refused("--watts", f"{watts:g}", "a number above 0")
+    if grid is not None and not (math.isfinite(grid) and grid >= 0):
+        raise _refused("--grid", f"{grid:g}", "a number from 0 on, such as 0.432")
+    return TrainingOptions(batch, epoch_samples, watts, grid, meter_energy) if train else None
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
