@@ -7,10 +7,10 @@ import inspect
 
 import typer
 
-from blockprune.cli.imports import NotFound, imported
 from blockprune.cli.output import print_detail, print_json, print_line
 from blockprune.criteria import CRITERIA, Criterion
 from blockprune.errors import close_names
+from blockprune.imports import NotFound, imported
 
 __all__ = ["criterion_named", "run"]
 

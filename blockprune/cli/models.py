@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blockprune.cli.imports import NotFound, imported
-from blockprune.errors import MissingExtraError, ModelSpecError, TraceError, close_names
+from blockprune.errors import ModelSpecError, TraceError
 from blockprune.inputs import infer_example_inputs, random_inputs
+from blockprune.models.building import model_and_inputs, model_factory
 from blockprune.tracing import map_tensors
 
 __all__ = ["ModelSource", "build_model", "load_weights"]
 
-FORMS = "MODEL is torchvision:NAME, timm:NAME, blockprune:NAME or package.module:factory."
-RETURNS = (
-    "A factory returns a torch.nn.Module, or (model, example_inputs) with a Tensor, a tuple of "
-    "arguments or a dict of keywords."
-)
 KEYS_SHOWN = 4
 
 
@@ -68,9 +61,7 @@ def build_model(spec: str, seed: int) -> tuple[nn.Module, Any]:
     """Build the model that MODEL names, with random weights drawn from ``seed``.
 
     Args:
-        spec: ``torchvision:NAME``, ``timm:NAME``, ``blockprune:NAME``, or
-            ``package.module:factory``, a callable without arguments (or a model) that can be
-            imported from the current directory.
+        spec: see :func:`blockprune.models.building.model_factory`.
         seed: of the weights.
 
     Returns:
@@ -80,100 +71,9 @@ def build_model(spec: str, seed: int) -> tuple[nn.Module, Any]:
         ModelSpecError: the spec names nothing that can be built.
         MissingExtraError: timm was asked for and is not installed.
     """
-    origin, separator, name = spec.partition(":")
-    if not separator or not origin or not name:
-        raise ModelSpecError(f"{spec!r} names no model. {FORMS}")
-    origins = {"torchvision": _torchvision, "timm": _timm, "blockprune": _own}
-    factory = origins[origin](name) if origin in origins else _imported(origin, name)
+    factory = model_factory(spec)
     torch.manual_seed(seed)
-    return _model_and_inputs(spec, factory())
-
-
-def _model_and_inputs(spec: str, built: object) -> tuple[nn.Module, Any]:
-    """Return what a factory gave as a model and example inputs, None if it gave none.
-
-    Raises:
-        ModelSpecError: it is neither a model nor a pair of a model and example inputs.
-    """
-    match built:
-        case nn.Module():
-            return built, None
-        case (nn.Module() as model, Tensor() | tuple() as inputs):
-            return model, inputs
-        case (nn.Module() as model, Mapping() as inputs):
-            # A tokenizer returns a mapping of a class of its own.
-            return model, dict(inputs)
-    found = [f"a {type(item).__name__}" for item in (built if type(built) is tuple else [built])]
-    raise ModelSpecError(f"{spec} gives {' and '.join(found) or 'nothing'}. {RETURNS}")
-
-
-def _torchvision(name: str) -> Callable[[], object]:
-    import torchvision
-
-    known = torchvision.models.list_models()
-    if name not in known:
-        raise ModelSpecError(
-            f"torchvision has no model {name!r}.{close_names(name, known)} "
-            "torchvision.models.list_models() lists all."
-        )
-    builder = torchvision.models.get_model_builder(name)
-    accepted = inspect.signature(builder).parameters
-    no_download = {key: None for key in ("weights", "weights_backbone") if key in accepted}
-
-    def build() -> object:
-        with warnings.catch_warnings():
-            # GoogLeNet and Inception announce a future change of their random weights.
-            warnings.simplefilter("ignore", FutureWarning)
-            return builder(**no_download)
-
-    return build
-
-
-def _timm(name: str) -> Callable[[], object]:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtraError(
-            "timm: models need timm, which is not installed: pip install 'blockprune[zoo]'"
-        ) from error
-    if not timm.is_model(name):
-        raise ModelSpecError(
-            f"timm has no model {name!r}.{close_names(name, timm.list_models())} "
-            "timm.list_models() lists all."
-        )
-    return lambda: timm.create_model(name, pretrained=False)
-
-
-def _own(name: str) -> Callable[[], object]:
-    from blockprune import models
-
-    known = {n: f for n in models.__all__ if inspect.isfunction(f := getattr(models, n))}
-    if name not in known:
-        raise ModelSpecError(f"blockprune has no model {name!r}, it has {', '.join(known)}.")
-    return known[name]
-
-
-def _imported(module_name: str, attribute: str) -> Callable[[], object]:
-    try:
-        found = imported(module_name, attribute)
-    except NotFound as error:
-        raise ModelSpecError(f"{error} {FORMS}") from error
-    if isinstance(found, nn.Module):
-        return lambda: found
-    if not callable(found):
-        raise ModelSpecError(
-            f"{module_name}:{attribute} is a {type(found).__name__}, "
-            "neither a model nor a callable that makes one."
-        )
-    factory: Callable[[], object] = found
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise ModelSpecError(
-            f"{module_name}:{attribute} cannot be called without arguments ({error}). "
-            "Give a factory that needs none."
-        ) from error
-    return factory
+    return model_and_inputs(spec, factory())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

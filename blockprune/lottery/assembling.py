@@ -1,0 +1,167 @@
+"""From what the stages of a run found to its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from blockprune.lottery.cases import START
+from blockprune.lottery.nodes import LATENCY, Unfolding
+from blockprune.lottery.record import (
+    BlockRecord,
+    EpochFigures,
+    NetworkRecord,
+    RunRecord,
+    ScoreRecord,
+    SimilarityRecord,
+    TicketCase,
+)
+from blockprune.lottery.stages import Output
+from blockprune.lottery.verdicts import verdicts_of
+
+__all__ = ["Assembly"]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a record is put together from.
+
+    Attributes:
+        unfolding: of the run.
+        outputs: of all nodes that are done, by name.
+        failures: of those that could not be.
+        blocks: of the dense network.
+        data: what the record says of the data.
+        notes: what came up besides.
+    """
+
+    unfolding: Unfolding
+    outputs: Mapping[str, Output | None]
+    failures: Mapping[str, str]
+    blocks: tuple[BlockRecord, ...]
+    data: dict[str, str | int | tuple[int, ...]]
+    notes: Iterable[str]
+
+    def record(self, command: str) -> RunRecord:
+        """Return the record of the run."""
+        spec = self.unfolding.spec
+        networks = tuple(self._networks())
+        return RunRecord(
+            name=spec.name,
+            spec=spec.model_dump(mode="json"),
+            command=command,
+            environment=_environment(spec.threads),
+            data=self.data,
+            xi_points=spec.xi_points,
+            confidence=spec.confidence,
+            latency_batch=None if spec.latency is None else spec.latency.batch,
+            blocks=self.blocks,
+            networks=networks,
+            scores=tuple(self._scores()),
+            verdicts=verdicts_of(networks, xi_points=spec.xi_points, confidence=spec.confidence),
+            similarities=tuple(self._similarities()),
+            failures=dict(self.failures),
+            notes=tuple(dict.fromkeys((*_shared(networks), *self._notes(), *self.notes))),
+        )
+
+    def _networks(self) -> Iterator[NetworkRecord]:
+        latencies = self._latencies()
+        for case, seed in self._all():
+            trained = self.outputs.get(self.unfolding.training(case, seed))
+            judged = self.outputs.get(self.unfolding.evaluation(case, seed))
+            if trained is None or judged is None:
+                continue
+            removed = self.unfolding.removed(case, seed, self.outputs) or ()
+            seconds = trained.times["seconds"]
+            epochs = [
+                EpochFigures(**figures, seconds=took)
+                for figures, took in zip(trained.found["epochs"], seconds, strict=True)
+            ]
+            yield NetworkRecord(
+                case=case,
+                seed=seed,
+                removed=removed,
+                **judged.found,
+                epochs=tuple(epochs),
+                **latencies.get(removed, {}),
+                drawn_at=self.unfolding.drawn_at(case, seed, self.outputs),
+                stage=trained.folder.name,
+            )
+
+    def _scores(self) -> Iterator[ScoreRecord]:
+        asked = {
+            (str(case.criterion), case.scored_at or START, seed): None
+            for case, seed in self._all()
+            if case.kind == "ticket" and not case.early_bird
+        }
+        for criterion, moment, seed in asked:
+            found = self.outputs.get(self.unfolding.scoring(criterion, moment, seed))
+            if found is not None:
+                yield ScoreRecord(
+                    criterion=criterion, scored_at=moment, seed=seed, scores=found.found["scores"]
+                )
+
+    def _similarities(self) -> Iterator[SimilarityRecord]:
+        for case, seed in self._all():
+            found = self.outputs.get(self.unfolding.similarity(case, seed))
+            if found is not None:
+                yield SimilarityRecord(case=case, seed=seed, **found.found)
+
+    def _latencies(self) -> dict[tuple[str, ...], dict[str, float]]:
+        found = self.outputs.get(LATENCY)
+        if found is None:
+            return {}
+        return {
+            tuple(one["removed"]): {
+                "latency_ms": one["median_ms"],
+                "latency_iqr_ms": one["iqr_ms"],
+            }
+            for one in found.times["latencies"]
+        }
+
+    def _notes(self) -> Iterator[str]:
+        for name, output in self.outputs.items():
+            if output is None:
+                continue
+            yield from (f"{name}: {note}" for note in output.notes)
+            if output.found.get("masks") is not None and output.found["step"] is None:
+                yield (
+                    f"{name}: masks had not settled before the last of "
+                    f"{len(output.found['masks']) + 1} epochs, so there is no such ticket."
+                )
+
+    def _all(self) -> Iterator[tuple[TicketCase, int]]:
+        """Yield each case with each seed; the seeds of a case stand together."""
+        for case in self.unfolding.cases:
+            for seed in self.unfolding.spec.seed_list:
+                yield case, seed
+
+
+def _shared(networks: Sequence[NetworkRecord]) -> Iterator[str]:
+    """Say how many figures are not independent of one another."""
+    trainings = {network.stage for network in networks}
+    if len(trainings) < len(networks):
+        yield (
+            f"{len(networks)} networks come from {len(trainings)} trainings: where two cases chose "
+            "the same blocks for a seed, and start alike, they are the same network."
+        )
+
+
+def _environment(threads: int) -> dict[str, str | int | float | None]:
+    """Return what figures may depend on; nothing that names a person or a machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "blockprune": version("blockprune"),
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+    }

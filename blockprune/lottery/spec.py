@@ -1,0 +1,458 @@
+"""What a run of the lottery is asked for: one value, read from TOML or JSON, no torch needed.
+
+Everything that can be refused without looking at a model or at data is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from blockprune.errors import BlockpruneError, close_names
+from blockprune.lottery.recipe import Recipe
+from blockprune.lottery.record import Weights
+from blockprune.lottery.steps import Step
+
+__all__ = [
+    "Controls",
+    "DataChoice",
+    "EarlyBird",
+    "FineTuning",
+    "LatencyChoice",
+    "ModelChoice",
+    "Moment",
+    "Spec",
+    "SpecError",
+    "step_at",
+]
+
+HIGHEST_SEED = 2**31 - 1
+"""Above it lie the seeds of new weights, see `blockprune.lottery.work`."""
+
+Schedule = Literal["one-shot", "iterative"]
+
+
+class SpecError(BlockpruneError, ValueError):
+    """What a run is asked for cannot be read, or makes no sense."""
+
+
+def _moment(value: object) -> object:
+    """Return a moment as text or step; refuse what is none in a sentence that lists what is."""
+    if isinstance(value, Step) or (
+        isinstance(value, str) and (value in ("init", "final") or _share(value) is not None)
+    ):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"epoch": value}
+    if isinstance(value, Mapping):
+        with suppress(ValidationError):
+            return Step.model_validate(value, strict=True)
+    raise ValueError(
+        f'{value!r} is no moment of training: give "init", "final", a share such as "25%", an '
+        "epoch such as 10, or { epoch = 2, iteration = 50 }"
+    )
+
+
+def _moment_or_same(value: object) -> object:
+    return value if value == "scored_at" else _moment(value)
+
+
+def _share(text: str) -> float | None:
+    """Return "25%" as 0.25, None where it is no share in [0, 1]."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        return None
+    return share if text.endswith("%") and 0 <= share <= 1 else None
+
+
+def _several(value: object) -> object:
+    """Let one value stand for a list of it."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Moment = Annotated[str | Step, BeforeValidator(_moment)]
+"""When: "init", "final", a share of the training such as "25%", an epoch, or a `Step`."""
+
+MomentOrSame = Annotated[str | Step, BeforeValidator(_moment_or_same)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Option = StrictBool | StrictInt | StrictFloat | StrictStr | list[Any] | None
+
+
+def step_at(moment: str | Step, epochs: int, per_epoch: int) -> Step:
+    """Return the step that a moment is, in a training of so many epochs of so many batches.
+
+    Raises:
+        SpecError: it lies behind the end.
+
+    Example:
+        >>> from blockprune.lottery.spec import step_at
+        >>> step_at("25%", epochs=20, per_epoch=12), step_at("12.5%", epochs=20, per_epoch=12)
+        (Step(epoch=5, iteration=0), Step(epoch=2, iteration=6))
+    """
+    total = epochs * per_epoch
+    if isinstance(moment, Step):
+        done = moment.iterations(per_epoch)
+    else:
+        share = {"init": 0.0, "final": 1.0}.get(moment, _share(moment))
+        assert share is not None, moment
+        done = round(share * total)
+    if done > total:
+        raise SpecError(
+            f"{moment} lies behind the end of the training, {epochs} epochs of {per_epoch} "
+            "iterations."
+        )
+    return Step.of_iterations(done, per_epoch)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelChoice(_Table):
+    """The dense network; each seed builds one of its own."""
+
+    name: str = Field(
+        description="torchvision:NAME, timm:NAME, blockprune:NAME or package.module:factory."
+    )
+    arguments: dict[str, Option] = Field(
+        default_factory=dict, description="Keywords of the factory, such as in_channels = 1."
+    )
+
+
+class DataChoice(_Table):
+    """The data to train and test on."""
+
+    name: str = Field(default="digits", description="A name of blockprune.data.DATASETS.")
+    image_size: Count | None = Field(
+        default=None, description="Height and width in pixels; None: as the data set has it."
+    )
+    options: dict[str, Option] = Field(
+        default_factory=dict, description="Further keywords of the loader, such as test_share."
+    )
+
+
+class Controls(_Table):
+    """What is trained beside every ticket, so that a win means something."""
+
+    random: bool = Field(
+        default=True, description="As many blocks removed at random, trained like the ticket."
+    )
+    scratch: bool = Field(
+        default=True, description="The ticket's blocks with new weights, trained from the start."
+    )
+
+
+class LatencyChoice(_Table):
+    """How forward passes are timed."""
+
+    batch: Count = Field(default=64, description="Samples of one forward pass.")
+    repeats: Count = Field(default=20, description="Timed rounds of all networks in turns.")
+
+
+class EarlyBird(_Table):
+    """Tickets drawn at the first epoch at which what would be cut no longer changes.
+
+    Source: You et al., "Drawing early-bird tickets", 2020.
+    """
+
+    criterion: str = Field(description="That draws the masks, after every epoch.")
+    window: int = Field(default=5, ge=2, description="Consecutive epochs that must agree.")
+    distance: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Highest mask distance of the newest of them to each of the others.",
+    )
+
+
+class FineTuning(_Table):
+    """How the "finetune" policy goes on from the final weights."""
+
+    epochs: Count = Field(description="Epochs of it.")
+    lr: Positive = Field(description="Its constant learning rate.")
+
+
+class Spec(_Table):
+    """One run of the lottery: which tickets, trained how, against what.
+
+    Every criterion, `p`, moment, policy and schedule is combined with every other; a moment is
+    "init", "final", a share of the training ("25%"), an epoch (10) or a step
+    ({ epoch = 2, iteration = 50 }).
+
+    - Algorithm 1 of papers/000 is `scored_at = "final"`, `rewound_to` any earlier moment;
+    - Algorithm 2 is `scored_at = "init"`, `rewound_to = "init"`;
+    - pruning during the training at epoch k is `scored_at = k`, `rewound_to = "scored_at"`.
+
+    A field out of range or unknown raises `pydantic.ValidationError` (a `ValueError`); `parse` and
+    `read` raise `SpecError`, with the close name of an unknown key.
+
+    Example:
+        >>> from blockprune.lottery.spec import Spec
+        >>> spec = Spec.parse({
+        ...     "name": "example",
+        ...     "model": {"name": "blockprune:resnet20", "arguments": {"in_channels": 1}},
+        ...     "recipe": {"epochs": 8},
+        ...     "criteria": "grasp",
+        ...     "p": [1, 3],
+        ...     "seeds": 2,
+        ... })
+        >>> spec.seed_list, spec.scored_at, spec.data.name
+        ((0, 1), ('init',), 'digits')
+
+    Source: Jordao et al., "When Layers Play the Lottery, all Tickets Win at Initialization".
+    """
+
+    name: str = Field(min_length=1, description="Of the run, in reports.")
+    model: ModelChoice = Field(description="The dense network.")
+    data: DataChoice = Field(default_factory=DataChoice, description="To train and test on.")
+    recipe: Recipe = Field(description="How the dense network is trained; seed is the run's.")
+    criteria: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        description="What ranks the blocks: names of `blockprune criteria`, or "
+        "package.module:function. Random blocks are a control, not a criterion.",
+    )
+    p: Annotated[tuple[StrictInt | StrictFloat, ...], BeforeValidator(_several)] = Field(
+        description="Blocks to remove: a count (int), or a share of the removable ones (float).",
+    )
+    scored_at: Annotated[tuple[Moment, ...], BeforeValidator(_several)] = Field(
+        default=("init",),
+        description="The moments of the dense training whose weights are scored.",
+    )
+    rewound_to: Annotated[tuple[MomentOrSame, ...], BeforeValidator(_several)] = Field(
+        default=("init",),
+        description='The moments that "rewind" and "learning-rate" go back to; "scored_at": that '
+        "at which the ticket was scored.",
+    )
+    weights: Annotated[tuple[Weights, ...], BeforeValidator(_several)] = Field(
+        default=("rewind",),
+        description='What tickets start from: "rewind" (weights and schedule of rewound_to), '
+        '"learning-rate" (final weights, schedule of rewound_to), "reinit" (new weights, whole '
+        'schedule), "finetune" (final weights, a small constant rate).',
+    )
+    schedule: Annotated[tuple[Schedule, ...], BeforeValidator(_several)] = Field(
+        default=("one-shot",),
+        description='"one-shot": blocks are scored once; "iterative": after each that goes.',
+    )
+    carry_optimizer: bool = Field(
+        default=False,
+        description="Keep the momentum, and the averages, of what survives; otherwise they start "
+        "anew.",
+    )
+    finetune: FineTuning | None = Field(
+        default=None, description='Of the "finetune" policy, which needs it.'
+    )
+    early_bird: EarlyBird | None = Field(
+        default=None,
+        description="Also draw a ticket of each p at the epoch at which masks settle, and train it "
+        "on from there. None: not.",
+    )
+    seeds: StrictInt | tuple[StrictInt, ...] = Field(
+        default=3,
+        description="How many replicates (from seed 0 on), or the list of their seeds: of "
+        "weights, data order, scoring batch and all draws.",
+    )
+    controls: Controls = Field(
+        default_factory=Controls, description="What is trained beside every ticket."
+    )
+    granularity: Literal["branch", "layer"] = Field(
+        default="branch", description="What counts as one block."
+    )
+    protect_first: bool = Field(
+        default=True, description="Never remove the first removable block, as the paper does not."
+    )
+    protect: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        default=(), description='Patterns of further blocks that stay, such as "layer1.*".'
+    )
+    min_blocks_per_stage: int = Field(
+        default=2, ge=0, description="Residual blocks that stay in each stage."
+    )
+    images_per_class: Count = Field(
+        default=10, description="Of the batch that blocks are scored on, as in GraSP's code."
+    )
+    xi_points: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Accuracy, in percentage points, that a winning ticket may lose.",
+    )
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of all intervals.")
+    latency: LatencyChoice | None = Field(
+        default=None, description="How forward passes are timed; None: they are not."
+    )
+    similarities: bool = Field(
+        default=False, description="Compare the blocks of every ticket with the dense ones by CKA."
+    )
+    test_every_epoch: bool = Field(
+        default=False, description="Evaluate after every epoch too, for the training curves."
+    )
+    checkpoint_epochs: Count = Field(
+        default=5, description="A killed training goes on from the latest multiple of these."
+    )
+    threads: Count = Field(
+        default=1,
+        description="Threads of torch inside a stage; their number decides how sums are rounded.",
+    )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the spec in a TOML file, or in a JSON file of the same structure.
+
+        Raises:
+            SpecError: the file cannot be read, or is not what a spec can be.
+        """
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"The spec {file} cannot be read: {error}") from error
+        try:
+            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        except ValueError as error:
+            kind = "JSON" if file.suffix == ".json" else "TOML"
+            raise SpecError(f"The spec {file} is not valid {kind}: {error}") from error
+        return cls.parse(table, source=str(file))
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any], *, source: str = "The spec") -> Self:
+        """Return the spec that a table of plain values is.
+
+        Raises:
+            SpecError: every field that cannot be used is named, an unknown one with those close.
+        """
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            problems = [_sentence(problem) for problem in error.errors(include_url=False)]
+            raise SpecError(f"{source} cannot be used: {'; '.join(problems)}.") from error
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds, one for each replicate."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(seeds, int):
+            if seeds < 1:
+                raise ValueError(f"at least 1 replicate is needed, not {seeds}")
+        elif not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError("a list of seeds names at least one, and each once")
+        elif not all(0 <= seed <= HIGHEST_SEED for seed in seeds):
+            raise ValueError(f"a seed lies in 0 .. {HIGHEST_SEED}")
+        return seeds
+
+    @field_validator("p")
+    @classmethod
+    def _something_goes(cls, several: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        for p in several:
+            if not (p > 0 and (isinstance(p, int) or p <= 1)):
+                raise ValueError(
+                    f"p = {p} removes nothing that can be removed: give a count from 1 on, or a "
+                    "share in (0, 1]. The dense network always runs"
+                )
+        return several
+
+    @field_validator("criteria")
+    @classmethod
+    def _no_control(cls, criteria: tuple[str, ...]) -> tuple[str, ...]:
+        if "random" in criteria:
+            raise ValueError('"random" is a control, which runs beside every ticket: leave it out')
+        return criteria
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("criteria", "p", "scored_at", "rewound_to", "weights", "schedule"):
+            values = getattr(self, field)
+            if not values:
+                raise ValueError(f"{field} is an empty list; it needs at least one entry")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} has an entry twice: {', '.join(map(str, values))}")
+        if self.recipe.seed != 0:
+            raise ValueError("recipe.seed has no place here: seeds says which, for all stages")
+        self._check_policies()
+        self._check_moments()
+        if self.early_bird is not None and self.early_bird.window >= self.recipe.epochs:
+            raise ValueError(
+                f"early_bird.window = {self.early_bird.window} never fills before the last of "
+                f"{self.recipe.epochs} epochs"
+            )
+        return self
+
+    def _check_policies(self) -> None:
+        goes_back = {"rewind", "learning-rate"} & set(self.weights)
+        if not goes_back and self.rewound_to != ("init",):
+            raise ValueError(
+                f"rewound_to means nothing to weights = {list(self.weights)}: leave it out, or "
+                'add "rewind" or "learning-rate"'
+            )
+        if ("finetune" in self.weights) != (self.finetune is not None):
+            raise ValueError(
+                'the policy "finetune" and the table [finetune] (epochs, lr) need each other'
+            )
+        if self.carry_optimizer and set(self.weights) == {"reinit"} and self.early_bird is None:
+            raise ValueError("carry_optimizer means nothing to new weights: leave it out")
+
+    def _check_moments(self) -> None:
+        """Refuse what leaves nothing to train, where no iterations need be counted to see it."""
+        last = self.recipe.epochs
+        for moment in (*self.scored_at, *self.rewound_to):
+            if isinstance(moment, Step) and (moment.epoch, moment.iteration) > (last, 0):
+                raise ValueError(f"{moment} lies behind the end of the training, {last} epochs")
+        if not {"rewind", "learning-rate"} & set(self.weights):
+            return
+        for scored, rewound in product(self.scored_at, self.rewound_to):
+            moment = scored if rewound == "scored_at" else rewound
+            if moment in ("final", "100%", Step(epoch=last)):
+                raise ValueError(
+                    f"rewound_to = {str(rewound)!r} goes back to the end of the training "
+                    f"({moment}), and leaves nothing to train: name an earlier moment, or the "
+                    'policy "finetune"'
+                )
+
+
+def _sentence(problem: Any) -> str:
+    """Return what pydantic found as one clause that begins with the field."""
+    place = tuple(part for part in problem["loc"] if isinstance(part, str))
+    where = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_of(Spec, place[:-1])
+        return f"{where} is unknown.{close_names(place[-1], known)} Known: {', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _fields_of(table: type[BaseModel], place: tuple[str, ...]) -> list[str]:
+    """Return the keys of the table at a place in a spec."""
+    for part in place:
+        annotation = table.model_fields[part].annotation
+        is_union = isinstance(annotation, types.UnionType)
+        choices = typing.get_args(annotation) if is_union else (annotation,)
+        inner = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            break
+        table = inner[0]
+    return list(table.model_fields)

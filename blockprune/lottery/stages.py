@@ -1,0 +1,261 @@
+"""The stages of a run, each in a directory named by all that decides what is in it.
+
+A stage is a kind of work and its inputs, plain values. Its key is a digest of both and of the
+version of this package, so an output that is there is the right one, whoever made it and when, and
+a change of any input asks for another directory. An output appears whole, by one rename, with a
+manifest of digests; one that was damaged later is found by them and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Self
+
+from blockprune.errors import BlockpruneError
+
+__all__ = ["Output", "RunError", "Stage", "StageStore", "write_whole"]
+
+_FORMAT: Final = "blockprune-stage-1"
+_MANIFEST: Final = "manifest.json"
+_NEW: Final = ".new-"
+_SHOWN_DIGITS: Final = 16
+
+
+class RunError(BlockpruneError, RuntimeError):
+    """A run cannot start, or cannot be written down."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work of a run.
+
+    Attributes:
+        kind: of the work, a name of `blockprune.lottery.work.WORK`.
+        inputs: all that decides its output, as values that JSON has.
+
+    Example:
+        >>> from blockprune.lottery.stages import Stage
+        >>> one, other = Stage("score", {"seed": 0}), Stage("score", {"seed": 1})
+        >>> one.key == Stage("score", {"seed": 0}).key, one.key == other.key
+        (True, False)
+    """
+
+    kind: str
+    inputs: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """The digest of kind, inputs and version of the package."""
+        decides = {"kind": self.kind, "inputs": self.inputs, "version": version("blockprune")}
+        text = json.dumps(decides, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The name of its directory."""
+        return f"{self.kind}-{self.key[:_SHOWN_DIGITS]}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a stage left.
+
+    Attributes:
+        folder: its directory, with the tensors it kept.
+        found: its result; equal stages have equal results.
+        times: what its clock said, which no two runs agree in.
+        notes: what a reader of the result must know.
+    """
+
+    folder: Path
+    found: dict[str, Any]
+    times: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """Return the output that was written to a directory."""
+        told = json.loads((folder / "output.json").read_text(encoding="utf-8"))
+        times = json.loads((folder / "times.json").read_text(encoding="utf-8"))
+        return cls(folder, told["found"], times, tuple(told["notes"]))
+
+
+class StageStore:
+    """The stage directories of one run.
+
+    Args:
+        folder: that holds them; made where absent.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from blockprune.lottery.stages import Stage, StageStore
+        >>> stage = Stage("score", {"seed": 0})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = StageStore(Path(folder))
+        ...     before = store.find(stage)
+        ...     store.write(stage, lambda place: ({"best": 1}, {"seconds": 0.5}, ()))
+        ...     after = store.find(stage)
+        >>> before is None, after.found
+        (True, {'best': 1})
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written to: {error}") from error
+
+    def path(self, stage: Stage) -> Path:
+        """Return the directory that holds the stage's output once it is there."""
+        return self.folder / stage.folder
+
+    def unfinished(self, stage: Stage) -> Path:
+        """Return the directory that a stage may keep checkpoints in until it is done."""
+        return self.folder / "unfinished" / stage.folder
+
+    def find(self, stage: Stage, on_damage: Callable[[str], None] | None = None) -> Output | None:
+        """Return the output of a stage, None where there is none.
+
+        An output that is not what its manifest says is removed, and `on_damage` is told of it.
+        """
+        folder = self.path(stage)
+        if not folder.is_dir():
+            return None
+        damage = _damage(folder, stage)
+        if damage is None:
+            return Output.in_folder(folder)
+        if on_damage is not None:
+            on_damage(f"{stage.folder} was damaged ({damage}), and was made again.")
+        shutil.rmtree(folder)
+        return None
+
+    def write(
+        self,
+        stage: Stage,
+        make: Callable[[Path], tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]],
+    ) -> None:
+        """Let `make` fill a directory, and put it in place whole, or not at all.
+
+        Args:
+            stage: whose output it is.
+            make: given an empty directory, writes tensors to it and returns what the stage found,
+                what its clock said, and notes.
+        """
+        new = Path(tempfile.mkdtemp(prefix=f"{_NEW}{stage.folder}-", dir=self.folder))
+        try:
+            found, times, notes = make(new)
+            _write_json(new / "output.json", {"found": found, "notes": list(notes)})
+            _write_json(new / "times.json", times)
+            files = {file.name: _digest(file) for file in sorted(new.iterdir())}
+            manifest = {
+                "format": _FORMAT,
+                "kind": stage.kind,
+                "key": stage.key,
+                "inputs": stage.inputs,
+                "files": files,
+            }
+            _write_json(new / _MANIFEST, manifest)
+            for path in (*new.iterdir(), new):
+                _flush(path)
+            self._put(new, self.path(stage))
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(self.unfinished(stage), ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what killed processes left half written."""
+        for left in self.folder.glob(f"{_NEW}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of this store; the system lets go of it however a process ends.
+
+        Raises:
+            RunError: another run is at work here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # No such locks on this system.
+            yield
+            return
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"Another run is at work in {self.folder.parent}: wait for it, or give another "
+                    "--out."
+                ) from error
+            yield
+
+    def _put(self, new: Path, place: Path) -> None:
+        try:
+            os.rename(new, place)
+        except OSError:
+            # Another worker has made the same: then its output stays.
+            if not place.is_dir():
+                raise
+        _flush(self.folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all; the one there is replaced at once.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = path.with_name(f"{_NEW}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _damage(folder: Path, stage: Stage) -> str | None:
+    """Return what is wrong with an output, None where nothing is."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or manifest["key"] != stage.key:
+            return "its manifest is of another stage"
+        for name, digest in manifest["files"].items():
+            if _digest(folder / name) != digest:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    # Without this a power cut may keep the new name and lose what it names.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
