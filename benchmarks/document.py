@@ -24,7 +24,7 @@ def document(folder: Path = RESULTS) -> str:
     """Return the results of a folder as Markdown, a section a file."""
     parts = []
     for name, section in SECTIONS.items():
-        for suffix in ("", "_cuda"):
+        for suffix in ("", "_2_threads", "_cuda"):
             path = folder / f"{name}{suffix}.json"
             if path.exists():
                 result = json.loads(path.read_text())

@@ -2,7 +2,7 @@
 
 Each criterion is timed as a user calls it, `score_blocks` with an analysis at hand, in pairs with
 the passes it is made of, written out with torch alone; the order of a pair alternates. Figures
-are medians of the ratios within a pair.
+are medians of the ratios of processor time within a pair, on one thread.
 
     python benchmarks/scoring.py [--pairs 5] [--net resnet56 vit_small]
 """
@@ -114,10 +114,10 @@ def gradient_and_hessian(model: nn.Module, batch: Batch) -> None:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Time one call."""
-    start = time.perf_counter()
+    """Return the processor time of one call: on one thread, what else runs does not count."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ratios(own: Callable[[], Any], reference: Callable[[], Any], pairs: int) -> list[float]:
