@@ -10,9 +10,11 @@
     │   └── StalePlanError                     the plan was made for another model
     ├── VerificationError(RuntimeError)        the ticket differs from its zero-branch reference
     ├── TicketError(ValueError)                a ticket file is damaged, foreign or in the way
+    ├── MaskError(ValueError)                  a mask of weights is damaged, or does not fit
     ├── CheckpointError(ValueError)            a state of training is damaged, or does not fit
     ├── DataError(ValueError)                  a data set is absent, empty or malformed
     ├── ModelSpecError(ValueError)             a MODEL argument names nothing that can be built
+    ├── SpecError(ValueError)                  a run is asked for what cannot be read or done
     ├── MeasurementError(ValueError)           what was asked for cannot be measured
     ├── MissingExtraError(ImportError)         an optional dependency is absent; names the command
     └── TrainingDivergedError(RuntimeError)    the loss is no longer finite
@@ -38,10 +40,12 @@ __all__ = [
     "CriterionError",
     "DataError",
     "InfeasibleBudgetError",
+    "MaskError",
     "MeasurementError",
     "MissingExtraError",
     "ModelSpecError",
     "PlanError",
+    "SpecError",
     "StalePlanError",
     "TicketError",
     "TraceError",
@@ -95,6 +99,10 @@ class TicketError(BlockpruneError, ValueError):
     """A ticket file is damaged, belongs to another model, or is in the way."""
 
 
+class MaskError(BlockpruneError, ValueError):
+    """A mask of weights is damaged or foreign, or does not fit what it shall be put on."""
+
+
 class CheckpointError(BlockpruneError, ValueError):
     """A state of training is damaged, foreign, or does not fit what shall go on from it."""
 
@@ -105,6 +113,10 @@ class DataError(BlockpruneError, ValueError):
 
 class ModelSpecError(BlockpruneError, ValueError):
     """A MODEL argument names nothing that can be built."""
+
+
+class SpecError(BlockpruneError, ValueError):
+    """What a run is asked for cannot be read, or makes no sense."""
 
 
 class MeasurementError(BlockpruneError, ValueError):

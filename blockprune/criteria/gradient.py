@@ -24,9 +24,9 @@ gives the removal patterns of papers/000; sums follow the sizes of the layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,17 @@ from blockprune.criteria.derivatives import (
 )
 from blockprune.errors import CriterionError, DataError
 
-__all__ = ["GradNorm", "Grasp", "Snip", "Taylor", "ZeroScoresWarning"]
+__all__ = [
+    "GradNorm",
+    "Grasp",
+    "Snip",
+    "Taylor",
+    "ZeroScoresWarning",
+    "saliencies",
+    "sensitivities",
+]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,8 @@ class Snip:
         """Return the score of each block, from the first batch."""
         blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
         theta = distinct(blocks.values())
-        batch = context.first_batch()
-        with torch.enable_grad(), context.batch_statistics(), failures("snip"):
-            gradient = gradient_of(loss_of(context, batch), theta)
-        scores = by_block(blocks, theta, map(_sensitivity, theta, gradient), self.aggregation)
+        values = map(total, sensitivities(context, theta))
+        scores = by_block(blocks, theta, values, self.aggregation)
         warn_if_all_zero(scores)
         return scores
 
@@ -243,26 +251,52 @@ class Grasp:
         """Return the score of each block, from the first batch."""
         blocks = {block.name: context.trainable_weights(block) for block in context.blocks}
         theta = distinct((*blocks.values(), context.all_trainable_weights()))
-        halves = _halves(context.first_batch())
-        # Fused attention kernels have no second derivative; the plain one does.
-        with (
-            torch.enable_grad(),
-            context.batch_statistics(),
-            sdpa_kernel(SDPBackend.MATH),
-            failures("grasp"),
-        ):
-            gradient = summed(
-                gradient_of(loss_of(context, half, self.temperature), theta) for half in halves
-            )
-            # Sums over each weight, for the products of one half need not wait for the other's.
-            terms = [
-                _saliencies(loss_of(context, half, self.temperature), theta, gradient)
-                for half in halves
-            ]
+        # Sums over each weight, for the products of one half need not wait for the other's.
+        terms = saliencies(context, theta, self.temperature, of=total)
         values = map(math.fsum, zip(*terms, strict=True))
         scores = by_block(blocks, theta, values, self.aggregation)
         warn_if_all_zero(scores)
         return scores
+
+
+def sensitivities(context: ScoringContext, theta: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+    """Return `|theta * dL/dtheta|` of each single weight over the first batch, tensor by tensor."""
+    batch = context.first_batch()
+    with torch.enable_grad(), context.batch_statistics(), failures("snip"):
+        gradient = gradient_of(loss_of(context, batch), theta)
+    return ((w.detach() * g).abs_() for w, g in zip(theta, gradient, strict=True))
+
+
+def saliencies(
+    context: ScoringContext,
+    theta: Sequence[nn.Parameter],
+    temperature: float,
+    *,
+    of: Callable[[Tensor], T],
+    among: Sequence[Tensor] | None = None,
+) -> list[list[T]]:
+    """Return `of(theta * H_h g)` of each tensor of `theta`, for each half `h` of the first batch.
+
+    `among`: 1 for each single weight that exists, 0 for one that is masked and takes no part in
+    the gradient flow; None: all exist.
+    """
+    halves = _halves(context.first_batch())
+    # Fused attention kernels have no second derivative; the plain one does.
+    with (
+        torch.enable_grad(),
+        context.batch_statistics(),
+        sdpa_kernel(SDPBackend.MATH),
+        failures("grasp"),
+    ):
+        gradient = summed(
+            gradient_of(loss_of(context, half, temperature), theta) for half in halves
+        )
+        if among is not None:
+            gradient = [g * exists for g, exists in zip(gradient, among, strict=True)]
+        return [
+            [of(p) for p in _products(loss_of(context, half, temperature), theta, gradient)]
+            for half in halves
+        ]
 
 
 def _total_gradient(context: ScoringContext, theta: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -282,18 +316,19 @@ def _norm(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(within_reach, dtype=torch.float64))
 
 
-def _saliencies(
+def _products(
     loss: Tensor, theta: Sequence[nn.Parameter], vector: Sequence[Tensor]
-) -> list[float]:
-    """Return the sum of theta * d(vector . dloss/dtheta)/dtheta over each weight tensor."""
+) -> Iterator[Tensor]:
+    """Yield theta * d(vector . dloss/dtheta)/dtheta, tensor by tensor."""
     gradient = gradient_of(loss, theta, differentiable=True)
     z = torch.stack([(v * g).sum() for v, g in zip(vector, gradient, strict=True)]).sum()
     if not z.requires_grad:
         # A loss that is linear in the weights: its Hessian is zero.
-        return [0.0] * len(theta)
+        yield from (torch.zeros_like(w) for w in theta)
+        return
     _check_differentiable(z)
     product = gradient_of(z, theta)
-    return [total(w.detach() * hg) for w, hg in zip(theta, product, strict=True)]
+    yield from (w.detach() * hg for w, hg in zip(theta, product, strict=True))
 
 
 def _check_differentiable(z: Tensor) -> None:

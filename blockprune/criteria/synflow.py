@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from blockprune.criteria.derivatives import (
 from blockprune.errors import CriterionError, DataError
 from blockprune.tracing import Call, copy_model
 
-__all__ = ["SynFlow"]
+__all__ = ["SynFlow", "absolute", "flows"]
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,29 @@ class SynFlow:
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block; no data is read."""
-        flow = ScoringContext(
-            _absolute(context.model), context.blocks, None, context.example, seed=context.seed
-        )
+        flow = absolute(context)
         blocks = {block.name: flow.trainable_weights(block) for block in flow.blocks}
         theta = distinct(blocks.values())
-        with torch.enable_grad(), failures("synflow"):
-            gradient = gradient_of(_signal(flow), theta)
-        values = [total((w.detach() * g).abs()) for w, g in zip(theta, gradient, strict=True)]
+        values = list(map(total, flows(flow, theta)))
         if not all(map(math.isfinite, values)):
             raise _overflow(blocks, theta, values)
         scores = by_block(blocks, theta, values, self.aggregation)
         warn_if_all_zero(scores)
         return scores
+
+
+def absolute(context: ScoringContext) -> ScoringContext:
+    """Return a context like this one, over the network of absolute weights, without data."""
+    return ScoringContext(
+        _absolute(context.model), context.blocks, None, context.example, seed=context.seed
+    )
+
+
+def flows(flow: ScoringContext, theta: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+    """Return `|theta * dR/dtheta|` of each single weight of an `absolute` context."""
+    with torch.enable_grad(), failures("synflow"):
+        gradient = gradient_of(_signal(flow), theta)
+    return ((w.detach() * g).abs() for w, g in zip(theta, gradient, strict=True))
 
 
 @torch.no_grad()
