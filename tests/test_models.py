@@ -1,4 +1,4 @@
-"""The paper's networks, held against its figures and against a formula written by hand."""
+"""The papers' networks, held against its figures and against a formula written by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+from blockprune import find_blocks, make_plan, score_blocks
 from blockprune.costs import model_costs
-from blockprune.models import ResNet, resnet20, resnet32, resnet44, resnet56, resnet110
+from blockprune.errors import PlanError
+from blockprune.models import (
+    ResNet,
+    lenet300,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+    vgg16,
+    vgg19,
+)
+from blockprune.models.building import model_factory
 
 FACTORIES = [(resnet20, 3), (resnet32, 5), (resnet44, 7), (resnet56, 9), (resnet110, 18)]
 TABLE = [
@@ -116,3 +131,146 @@ def test_the_forward_pass_equals_one_written_out() -> None:
 def test_a_size_below_one_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be at least 1, got 0"):
         resnet20(**{argument: 0})
+
+
+# --- the networks of papers/003 and papers/004 ----------------------------------------------------
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "shape", "published"),
+    [
+        # Frankle and Carbin, 2019, Figure 2: 266K, and 20.0M; kuangliu's CIFAR ResNet18: 11.17M.
+        ("lenet300", {}, (2, 1, 28, 28), 266_610),
+        ("vgg19", {}, (2, 3, 32, 32), 20_040_522),
+        ("vgg16", {}, (2, 3, 32, 32), 14_728_266),
+        ("resnet18", {}, (2, 3, 32, 32), 11_173_962),
+    ],
+)
+def test_parameters_are_the_published_ones(
+    spec: str, arguments: dict[str, int], shape: tuple[int, ...], published: int
+) -> None:
+    model = model_factory(f"blockprune:{spec}", arguments)()
+    assert isinstance(model, nn.Module)
+    assert _count(model) == published
+    assert model.eval()(torch.rand(shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("spec", ["lenet300", "vgg16", "vgg19", "resnet18"])
+def test_they_are_built_for_digits_too(spec: str) -> None:
+    arguments = {"in_channels": 1, "num_classes": 7, "image_size": 8}
+    model = model_factory(f"blockprune:{spec}", arguments)()
+    assert isinstance(model, nn.Module)
+    for mode in (True, False):
+        assert model.train(mode)(torch.rand(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_lenet300_layer_by_layer() -> None:
+    sizes = [(784, 300), (300, 100), (100, 10)]
+    assert sum(i * o + o for i, o in sizes) == 266_610
+    model = lenet300(in_features=12).eval()
+    images = torch.rand(2, 3, 2, 2)
+    hidden = model.fc2(model.fc1(images.reshape(2, 12)).clamp(min=0)).clamp(min=0)
+    torch.testing.assert_close(model(images), model.fc3(hidden))
+    assert _count(lenet300(in_channels=1, image_size=8)) == 64 * 300 + 300 + 30_100 + 1_010
+
+
+@pytest.mark.parametrize(("factory", "depths"), [(vgg16, "2 2 3 3 3"), (vgg19, "2 2 4 4 4")])
+@pytest.mark.parametrize(("side", "poolings"), [(32, 4), (16, 3), (8, 2), (4, 1), (1, 0)])
+def test_vgg_layer_by_layer(
+    factory: Callable[..., nn.Module], depths: str, side: int, poolings: int
+) -> None:
+    with torch.device("meta"):
+        model = factory(image_size=side)
+    pools = [module for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    assert len(pools) == poolings
+    before, params, macs = 3, 512 * 10 + 10, 512 * 10
+    for group, (depth, width) in enumerate(
+        zip(map(int, depths.split()), (64, 128, 256, 512, 512), strict=True)
+    ):
+        size = side // 2 ** min(group, poolings)
+        for _ in range(depth):
+            params += before * width * 9 + width + 2 * width
+            macs += before * width * 9 * size * size
+            before = width
+    assert _count(model) == params
+    if side == 8:
+        assert model_costs(factory(image_size=8), torch.zeros(1, 3, 8, 8)).macs == macs
+
+
+def test_vgg_at_32_averages_the_last_four_pixels() -> None:
+    model = vgg16().eval()
+    images = torch.rand(1, 3, 32, 32)
+    last = functional.avg_pool2d(model.features(images), 2)
+    assert last.shape == (1, 512, 1, 1)
+    torch.testing.assert_close(model(images), model.fc(last.flatten(1)))
+
+
+@pytest.mark.parametrize("factory", [lenet300, vgg16, resnet18])
+def test_the_new_networks_start_he_normal(factory: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    for module in factory().modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if module.weight.numel() >= 9_216:
+                expected = (2 / module.weight[0].numel()) ** 0.5
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+            assert module.bias is None or not module.bias.any()
+
+
+def test_resnet18_keeps_the_size_of_a_small_image() -> None:
+    model = resnet18(num_classes=200)
+    sizes = []
+    model.layer1.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[-1]))
+    model.layer4.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[-1]))
+    assert model.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 200)
+    assert sizes == [64, 8]
+
+
+@pytest.mark.parametrize("factory", [lenet300, vgg16, resnet18])
+@pytest.mark.parametrize("argument", ["num_classes", "in_channels", "image_size"])
+def test_the_new_networks_refuse_a_size_below_one(
+    factory: Callable[..., nn.Module], argument: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be at least 1, got 0"):
+        factory(**{argument: 0})
+
+
+def test_blocks_of_the_new_networks() -> None:
+    found = {
+        "lenet300": (lenet300(image_size=8), torch.rand(2, 1, 8, 8)),
+        "vgg16": (vgg16(image_size=8), torch.rand(2, 3, 8, 8)),
+        "resnet18": (resnet18(), torch.rand(2, 3, 8, 8)),
+    }
+    counts = {name: len(find_blocks(*given).blocks) for name, given in found.items()}
+    # Of eight blocks of ResNet18 three change the shape.
+    assert counts == {"lenet300": 0, "vgg16": 0, "resnet18": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "blocks"),
+    [("squeezenet1_1", 32, 0), ("inception_v3", 75, 0), ("resnet50", 32, 12)],
+)
+def test_networks_from_torchvision_build_run_and_are_analysed(
+    name: str, side: int, blocks: int
+) -> None:
+    model = model_factory(f"torchvision:{name}", {"num_classes": 10})()
+    assert isinstance(model, nn.Module)
+    images = torch.rand(2, 3, side, side)
+    analysis = find_blocks(model, images)
+    assert model.eval()(images).shape == (2, 10)
+    assert len(analysis.blocks) == blocks
+    if not blocks:
+        scores = score_blocks(model, "l1", example_inputs=images, analysis=analysis)
+        with pytest.raises(PlanError):
+            make_plan(analysis, scores, p=1)
+
+
+def test_inception_v3_trains_at_its_own_size() -> None:
+    model = model_factory("torchvision:inception_v3", {"num_classes": 10})()
+    assert isinstance(model, nn.Module)
+    with torch.no_grad():
+        logits, auxiliary = model.train()(torch.rand(2, 3, 299, 299))
+    assert logits.shape == auxiliary.shape == (2, 10)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from blockprune.models.initial import check_sizes, he_normal
+
 __all__ = ["BasicBlock", "ResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 
 WIDTHS = (16, 32, 64)
@@ -71,21 +73,16 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        sizes = {
-            "blocks_per_stage": blocks_per_stage,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_sizes(
+            blocks_per_stage=blocks_per_stage, num_classes=num_classes, in_channels=in_channels
+        )
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks_per_stage, stride=1)
         self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks_per_stage, stride=2)
         self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks_per_stage, stride=2)
         self.fc = nn.Linear(WIDTHS[2], num_classes)
-        self.apply(_he_normal)
+        self.apply(he_normal)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn1(self.conv1(x)))
@@ -98,13 +95,6 @@ class ResNet(nn.Module):
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
-
-
-def _he_normal(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
