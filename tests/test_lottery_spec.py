@@ -12,8 +12,9 @@ import pytest
 from pydantic import BaseModel
 
 from blockprune.lottery.cases import DENSE, Moments, cases_of
+from blockprune.lottery.moments import step_at
 from blockprune.lottery.record import TicketCase
-from blockprune.lottery.spec import Spec, SpecError, step_at
+from blockprune.lottery.spec import Spec, SpecError
 from blockprune.lottery.steps import Step
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))

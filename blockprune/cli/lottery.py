@@ -13,7 +13,7 @@ from rich.table import Table
 
 from blockprune.lottery.record import RunRecord, TicketCase, VerdictRecord
 from blockprune.lottery.running import Event, run
-from blockprune.lottery.spec import Spec
+from blockprune.lottery.suites import read_specs
 
 __all__ = ["run_command", "verdict_table"]
 
@@ -27,7 +27,7 @@ def run_command(spec_file: Path, out: Path, data_dir: Path | None, executor: str
     """Run what a file asks for, and print who wins.
 
     Args:
-        spec_file: TOML, or JSON.
+        spec_file: TOML, or JSON; with several [[runs]], each has a folder of its own in `out`.
         out: folder of the run; taken up where it was left.
         data_dir: folder of the data.
         executor: "local" or "dask://HOST:PORT".
@@ -39,32 +39,37 @@ def run_command(spec_file: Path, out: Path, data_dir: Path | None, executor: str
     Raises:
         BlockpruneError: the spec cannot be carried out, or the folder not be used.
     """
-    spec = Spec.read(spec_file)
+    specs = read_specs(spec_file)
     command = f"blockprune lottery run {spec_file.name} --out {out.name}"
     if data_dir is not None:
         command += " --data-dir DATA"
-    try:
-        with _Bar() as bar:
-            record = run(
-                spec,
-                out,
-                executor=executor,
-                jobs=jobs,
-                data_dir=data_dir,
-                command=command,
-                on_event=bar.show,
+    code = 0
+    for spec in specs:
+        folder = out if len(specs) == 1 else out / spec.name
+        try:
+            with _Bar() as bar:
+                record = run(
+                    spec,
+                    folder,
+                    executor=executor,
+                    jobs=jobs,
+                    data_dir=data_dir,
+                    command=command,
+                    on_event=bar.show,
+                )
+        except KeyboardInterrupt:
+            typer.echo(
+                f"Interrupted. What was done is kept in {out}: the same command goes on from "
+                "there.",
+                err=True,
             )
-    except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted. What was done is kept in {out}: the same command goes on from there.",
-            err=True,
-        )
-        return INTERRUPTED
-    Console(highlight=False).print(verdict_table(record))
-    typer.echo(f"\nWritten to {out / 'results.json'}")
-    for stage, error in record.failures.items():
-        typer.echo(f"failed: {stage}: {error}", err=True)
-    return 1 if record.failures else 0
+            return INTERRUPTED
+        Console(highlight=False).print(verdict_table(record))
+        typer.echo(f"\nWritten to {folder / 'results.json'}")
+        for stage, error in record.failures.items():
+            typer.echo(f"failed: {stage}: {error}", err=True)
+        code = 1 if record.failures else code
+    return code
 
 
 def verdict_table(record: RunRecord) -> Table:

@@ -12,6 +12,7 @@ from blockprune.costs.counting import (
 )
 from blockprune.costs.executions import Chain, WatchedModel, goes_first
 from blockprune.costs.remaining import Quantity, RemainingCosts, RemainingQuantity
+from blockprune.costs.weights import filter_count, macs_per_weight
 
 __all__ = [
     "Chain",
@@ -22,7 +23,9 @@ __all__ = [
     "UncountedWarning",
     "WatchedModel",
     "block_costs",
+    "filter_count",
     "goes_first",
+    "macs_per_weight",
     "model_costs",
     "node_costs",
     "paper_memory_bytes",

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from blockprune.lottery.record import RunRecord
     from blockprune.lottery.running import run
     from blockprune.lottery.spec import Spec
+    from blockprune.lottery.suites import read_specs
 
-__all__ = ["RunRecord", "Spec", "run"]
+__all__ = ["RunRecord", "Spec", "read_specs", "run"]
 
 _HOMES = {
     "RunRecord": "blockprune.lottery.record",
     "Spec": "blockprune.lottery.spec",
+    "read_specs": "blockprune.lottery.suites",
     "run": "blockprune.lottery.running",
 }
 

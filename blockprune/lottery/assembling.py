@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 
 import torch
 
 from blockprune.lottery.cases import START
+from blockprune.lottery.comparisons import Comparison
 from blockprune.lottery.nodes import LATENCY, Unfolding
 from blockprune.lottery.record import (
     BlockRecord,
+    ConnectionRecord,
+    ConnectivityRecord,
     EpochFigures,
+    MaskRecord,
     NetworkRecord,
+    OverlapRecord,
     RunRecord,
     ScoreRecord,
     SimilarityRecord,
+    StabilityRecord,
+    SurvivalRecord,
     TicketCase,
 )
 from blockprune.lottery.stages import Output
 from blockprune.lottery.verdicts import verdicts_of
 
 __all__ = ["Assembly"]
+
+Compared = TypeVar(
+    "Compared", ConnectionRecord, ConnectivityRecord, StabilityRecord, SurvivalRecord
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Assembly:
 
     Attributes:
         unfolding: of the run.
+        comparisons: that it makes.
         outputs: of all nodes that are done, by name.
         failures: of those that could not be.
         blocks: of the dense network.
@@ -42,6 +56,7 @@ class Assembly:
     """
 
     unfolding: Unfolding
+    comparisons: Sequence[Comparison]
     outputs: Mapping[str, Output | None]
     failures: Mapping[str, str]
     blocks: tuple[BlockRecord, ...]
@@ -66,6 +81,12 @@ class Assembly:
             scores=tuple(self._scores()),
             verdicts=verdicts_of(networks, xi_points=spec.xi_points, confidence=spec.confidence),
             similarities=tuple(self._similarities()),
+            masks=tuple(self._masks()),
+            overlaps=tuple(self._overlaps()),
+            connections=self._compared("connections", ConnectionRecord),
+            survivals=self._compared("survival", SurvivalRecord),
+            stabilities=self._compared("stability", StabilityRecord),
+            connectivities=self._compared("line", ConnectivityRecord),
             failures=dict(self.failures),
             notes=tuple(dict.fromkeys((*_shared(networks), *self._notes(), *self.notes))),
         )
@@ -78,6 +99,7 @@ class Assembly:
             if trained is None or judged is None:
                 continue
             removed = self.unfolding.removed(case, seed, self.outputs) or ()
+            cut = json.dumps(self.unfolding.cut(case, seed, self.outputs), sort_keys=True)
             seconds = trained.times["seconds"]
             epochs = [
                 EpochFigures(**figures, seconds=took)
@@ -89,7 +111,7 @@ class Assembly:
                 removed=removed,
                 **judged.found,
                 epochs=tuple(epochs),
-                **latencies.get(removed, {}),
+                **latencies.get(cut, {}),
                 drawn_at=self.unfolding.drawn_at(case, seed, self.outputs),
                 stage=trained.folder.name,
             )
@@ -98,7 +120,7 @@ class Assembly:
         asked = {
             (str(case.criterion), case.scored_at or START, seed): None
             for case, seed in self._all()
-            if case.kind == "ticket" and not case.early_bird
+            if case.kind == "ticket" and case.structure == "blocks" and not case.early_bird
         }
         for criterion, moment, seed in asked:
             found = self.outputs.get(self.unfolding.scoring(criterion, moment, seed))
@@ -113,12 +135,36 @@ class Assembly:
             if found is not None:
                 yield SimilarityRecord(case=case, seed=seed, **found.found)
 
-    def _latencies(self) -> dict[tuple[str, ...], dict[str, float]]:
+    def _masks(self) -> Iterator[MaskRecord]:
+        for case, seed in self._all():
+            if case.structure == "weights":
+                chosen = self.outputs.get(self.unfolding.choice(case, seed))
+                if chosen is not None:
+                    yield MaskRecord(case=case, seed=seed, **chosen.found)
+
+    def _overlaps(self) -> Iterator[OverlapRecord]:
+        for comparison in self.comparisons:
+            found = self.outputs.get(comparison.node.name)
+            if comparison.kind == "overlaps" and found is not None:
+                for one in found.found["overlaps"]:
+                    cases = tuple(comparison.cases[place] for place in one["masks"])
+                    shares = {name: value for name, value in one.items() if name != "masks"}
+                    yield OverlapRecord(cases=cases, seed=comparison.seed, **shares)
+
+    def _compared(self, kind: str, record: type[Compared]) -> tuple[Compared, ...]:
+        return tuple(
+            record(case=comparison.cases[0], seed=comparison.seed, **found.found)
+            for comparison in self.comparisons
+            if comparison.kind == kind
+            and (found := self.outputs.get(comparison.node.name)) is not None
+        )
+
+    def _latencies(self) -> dict[str, dict[str, float]]:
         found = self.outputs.get(LATENCY)
         if found is None:
             return {}
         return {
-            tuple(one["removed"]): {
+            json.dumps(one["cut"], sort_keys=True): {
                 "latency_ms": one["median_ms"],
                 "latency_iqr_ms": one["iqr_ms"],
             }

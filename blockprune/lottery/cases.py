@@ -6,12 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from blockprune.lottery.moments import step_at
 from blockprune.lottery.record import TicketCase, Weights
-from blockprune.lottery.spec import Spec, SpecError, step_at
+from blockprune.lottery.spec import Levels, Spec, SpecError
 from blockprune.lottery.steps import Step
 from blockprune.lottery.verdicts import random_twin
 
-__all__ = ["Moments", "cases_of"]
+__all__ = [
+    "DENSE",
+    "START",
+    "Moments",
+    "below",
+    "blocks_of",
+    "cases_of",
+    "has_controls",
+    "trunk_of",
+]
 
 DENSE = TicketCase(kind="dense")
 START = Step()
@@ -40,7 +50,7 @@ class Moments:
 
 
 def cases_of(spec: Spec, ps: Sequence[int], moments: Moments) -> tuple[TicketCase, ...]:
-    """Return what a run trains, for each seed: dense, tickets, random blocks, tickets from scratch.
+    """Return what a run trains, for each seed: dense, tickets, random controls, and from scratch.
 
     Args:
         spec: of the run.
@@ -50,11 +60,51 @@ def cases_of(spec: Spec, ps: Sequence[int], moments: Moments) -> tuple[TicketCas
     Raises:
         SpecError: a moment leaves nothing to train.
     """
-    tickets = [*_tickets(spec, ps, moments), *_early_birds(spec, ps)]
-    controls = [random_twin(ticket) for ticket in tickets] if spec.controls.random else []
+    of_blocks = [*_tickets(spec, ps, moments)]
+    tickets = [
+        *(of_blocks if "blocks" in spec.structures else ()),
+        *_early_birds(spec, ps),
+        *_matched(spec, of_blocks),
+        *_levels(spec, moments),
+    ]
+    judged = [ticket for ticket in tickets if has_controls(spec, ticket)]
+    controls = [random_twin(ticket) for ticket in judged] if spec.controls.random else []
     if spec.controls.scratch:
-        controls += [_from_scratch(ticket) for ticket in tickets]
+        controls += [_from_scratch(ticket) for ticket in judged]
     return tuple(dict.fromkeys((DENSE, *tickets, *controls)))
+
+
+def has_controls(spec: Spec, ticket: TicketCase) -> bool:
+    """Return whether controls run beside a ticket."""
+    if ticket.weights == "partial-reinit":
+        return False
+    at = spec.levels.controls_at if spec.levels is not None else ()
+    return not ticket.level or not at or ticket.level in at
+
+
+def trunk_of(case: TicketCase) -> TicketCase:
+    """Return the whole network whose training a ticket goes back to.
+
+    It is the dense one, but for tickets of a partial re-initialisation: these have one of weights
+    that are new, but for the connections that the tickets of a scope and a rewind share.
+    """
+    if case.weights != "partial-reinit":
+        return DENSE
+    return TicketCase(
+        kind="dense", weights=case.weights, rewound_to=case.rewound_to, scope=case.scope
+    )
+
+
+def below(case: TicketCase) -> TicketCase:
+    """Return the network whose trained weights decide on the mask of a level."""
+    if case.level == 1 or case.schedule == "one-shot":
+        return trunk_of(case)
+    return case.model_copy(update={"level": case.level - 1})
+
+
+def blocks_of(case: TicketCase) -> TicketCase:
+    """Return the ticket of blocks that one of filters or weights lacks as much as."""
+    return case.model_copy(update={"kind": "ticket", "structure": "blocks", "matched": None})
 
 
 def _tickets(spec: Spec, ps: Sequence[int], moments: Moments) -> Iterator[TicketCase]:
@@ -101,6 +151,50 @@ def _early_birds(spec: Spec, ps: Sequence[int]) -> Iterator[TicketCase]:
         )
 
 
+def _matched(spec: Spec, of_blocks: Sequence[TicketCase]) -> Iterator[TicketCase]:
+    """Yield the tickets of other structures that lack as much as those of blocks."""
+    others = [structure for structure in spec.structures if structure != "blocks"]
+    for structure, matched, ticket in product(others, spec.matched_by, of_blocks):
+        # Masks do not take filters away.
+        if (structure, matched) != ("weights", "filters"):
+            yield ticket.model_copy(update={"structure": structure, "matched": matched})
+
+
+def _levels(spec: Spec, moments: Moments) -> Iterator[TicketCase]:
+    levels = spec.levels
+    if levels is None:
+        return
+    policies: list[Weights] = [*spec.weights]
+    if levels.partial_reinit:
+        policies.append("partial-reinit")
+    chosen = product(policies, levels.importances, levels.schedule, levels.scope)
+    for weights, importance, schedule, scope in chosen:
+        if weights == "partial-reinit" and schedule != "iterative":
+            continue
+        # Without a moment to be scored at, "scored_at" is the end, which leaves nothing to train.
+        for rewound in _starts(spec, weights, moments.end, moments):
+            for level in _trained(levels, schedule):
+                yield TicketCase(
+                    kind="ticket",
+                    structure="weights",
+                    criterion=importance,
+                    level=level,
+                    weights=weights,
+                    rewound_to=rewound,
+                    schedule=schedule,
+                    scope=scope,
+                )
+
+
+def _trained(levels: Levels, schedule: str) -> Sequence[int]:
+    every = range(1, levels.count + 1)
+    return levels.trained if schedule == "one-shot" and levels.trained else every
+
+
 def _from_scratch(ticket: TicketCase) -> TicketCase:
-    """Return the control that has a ticket's blocks, and none of its weights."""
-    return ticket.model_copy(update={"kind": "scratch", "weights": "reinit", "rewound_to": None})
+    """Return the control that has a ticket's shape, and none of its weights.
+
+    The mask of a level hangs on the moment that the levels before it were rewound to.
+    """
+    rewound = ticket.rewound_to if ticket.level else None
+    return ticket.model_copy(update={"kind": "scratch", "weights": "reinit", "rewound_to": rewound})

@@ -7,24 +7,29 @@ share one training, and a stage is only known once those before it are done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, Final
 
-from blockprune.lottery.cases import DENSE, START, Moments
+from blockprune.lottery.cases import DENSE, START, Moments, below, blocks_of, trunk_of
 from blockprune.lottery.record import TicketCase
 from blockprune.lottery.spec import Spec
 from blockprune.lottery.stages import Output, Stage
 from blockprune.lottery.steps import Step
-from blockprune.lottery.work import fresh_seed
+from blockprune.lottery.work import fresh_seed, order_seed
 
-__all__ = ["LATENCY", "Node", "Unfolding"]
+__all__ = ["LATENCY", "Node", "Outputs", "Unfolding", "folder_of"]
 
 Outputs = Mapping[str, Output | None]
 """What earlier nodes found, by name; None where there was nothing to find."""
 
 LATENCY = "time forward passes"
+
+NOTHING: Final[dict[str, Any]] = {"blocks": []}
+"""The cut that the dense network is."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Unfolding:
 
     # --- names ------------------------------------------------------------------------------------
 
-    def training(self, case: TicketCase, seed: int) -> str:
-        """Return the name of the node that trains a case."""
-        return f"seed {seed}: train {case.label()}"
+    def training(self, case: TicketCase, seed: int, *, is_twin: bool = False) -> str:
+        """Return the name of the node that trains a case; its twin sees the data in other order."""
+        return f"seed {seed}: train {case.label()}{', another order' if is_twin else ''}"
 
     def evaluation(self, case: TicketCase, seed: int) -> str:
         """Return the name of the node that evaluates a case."""
@@ -89,6 +94,9 @@ class Unfolding:
 
     def choice(self, case: TicketCase, seed: int) -> str:
         """Return the name of the node that chooses a case's blocks."""
+        if case.structure != "blocks":
+            chosen = case if case.kind == "random" else self._ticket_of(case)
+            return f"seed {seed}: choose {case.structure} for {chosen.label()}"
         if case.early_bird and case.kind != "random":
             return self._draw_of(case, seed)
         words = f"seed {seed}: choose by {case.criterion}, p={case.p}"
@@ -100,9 +108,11 @@ class Unfolding:
     def _of_seed(self, seed: int) -> list[Node]:
         nodes = [Node(self.training(DENSE, seed), (), lambda _: self._dense(seed))]
         for case in self.cases:
+            if case.weights == "partial-reinit":
+                nodes.append(self._partial(case, seed))
             if case != DENSE:
                 nodes += self._choosing(case, seed)
-                nodes.append(self._training(case, seed))
+                nodes.append(self.trained(case, seed))
             needs = (self.training(case, seed), *self._chosen_by(case, seed))
             nodes.append(
                 Node(self.evaluation(case, seed), needs, partial(self._evaluate, case, seed))
@@ -115,7 +125,9 @@ class Unfolding:
         return nodes
 
     def _choosing(self, case: TicketCase, seed: int) -> list[Node]:
-        """Return the nodes that choose the blocks of a case."""
+        """Return the nodes that choose what goes from a case."""
+        if case.structure != "blocks":
+            return self._choosing_inside(case, seed)
         name = self.choice(case, seed)
         if case.early_bird and case.kind != "random":
             network = self.training(DENSE, seed)
@@ -128,29 +140,65 @@ class Unfolding:
             return [scored, Node(name, dense, partial(self._iterate, case, moment, seed))]
         return [scored, Node(name, (score,), partial(self._choose, case, score, seed))]
 
-    def _training(self, case: TicketCase, seed: int) -> Node:
+    def _choosing_inside(self, case: TicketCase, seed: int) -> list[Node]:
+        """Return the nodes that choose the filters or the weights of a case."""
+        name, ticket = self.choice(case, seed), self._ticket_of(case)
+        if case.kind == "random" and case.structure == "weights":
+            chosen = self.choice(ticket, seed)
+            return [
+                *self._choosing_inside(ticket, seed),
+                Node(name, (chosen,), partial(self._shuffle, chosen, seed)),
+            ]
+        before: list[Node] = []
+        if ticket.level:
+            needs = [self.training(below(ticket), seed)]
+            if ticket.level > 1 and ticket.schedule == "iterative":
+                needs.append(self.choice(below(ticket), seed))
+        else:
+            blocks = blocks_of(ticket)
+            before, needs = self._choosing(blocks, seed), [self.choice(blocks, seed)]
+            if ticket.scored_at != START:
+                needs.append(self.training(DENSE, seed))
+        if case.structure == "filters":
+            return [*before, Node(name, tuple(needs), partial(self._choose_filters, case, seed))]
+        return [*before, Node(name, tuple(needs), partial(self._choose_weights, ticket, seed))]
+
+    def trained(self, case: TicketCase, seed: int, *, is_twin: bool = False) -> Node:
+        """Return the node that trains a case, or its twin."""
         needs = [*self._chosen_by(case, seed)]
         if case.early_bird or self._starts_from_dense(case):
-            needs.append(self.training(DENSE, seed))
-        return Node(self.training(case, seed), tuple(needs), partial(self._train, case, seed))
+            needs.append(self.training(trunk_of(case), seed))
+        if case.weights in ("learning-rate", "finetune") and case.level:
+            needs.append(self.training(below(case), seed))
+        if case.weights == "partial-reinit":
+            needs += self.shared_masks(case, seed)
+        name = self.training(case, seed, is_twin=is_twin)
+        train = partial(self._train, case, seed, is_twin=is_twin)
+        return Node(name, tuple(dict.fromkeys(needs)), train)
+
+    def _partial(self, case: TicketCase, seed: int) -> Node:
+        """Return the node that trains the trunk of a partial re-initialisation."""
+
+        def train(outputs: Outputs) -> Stage:
+            return self._dense(seed, self._partly_new(case, seed, outputs))
+
+        needs = self.shared_masks(case, seed)
+        return Node(self.training(trunk_of(case), seed), needs, train)
 
     def _latency(self) -> Node:
-        choices = {
-            self.choice(case, seed): None
-            for case in self.cases
-            for seed in self.spec.seed_list
-            if case != DENSE
-        }
-        return Node(LATENCY, tuple(choices), self._time, is_alone=True)
+        timed = [case for case in self.cases if case != DENSE and not case.level]
+        choices = {self.choice(case, s): None for case in timed for s in self.spec.seed_list}
+        return Node(LATENCY, tuple(choices), partial(self._time, timed), is_alone=True)
 
     # --- stages -----------------------------------------------------------------------------------
 
-    def _dense(self, seed: int) -> Stage:
+    def _dense(self, seed: int, start: dict[str, Any] | None = None) -> Stage:
         return Stage(
             "dense",
             {
                 "setting": self.setting,
                 "seed": seed,
+                "from": start or {"seed": seed},
                 "recipe": self._recipe(seed),
                 "keep": [step.model_dump() for step in self._kept()],
                 "carry_optimizer": self.spec.carry_optimizer,
@@ -180,13 +228,49 @@ class Unfolding:
         inputs = {**scored, "p": case.p, "schedule": "iterative", **self._rules()}
         return Stage("iterative", inputs)
 
+    def _choose_filters(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage:
+        ticket = self._ticket_of(case)
+        criterion = "random" if case.kind == "random" else str(case.criterion)
+        scored = self._scored(criterion, ticket.scored_at or START, seed, outputs)
+        return Stage("filters", {**scored, **self._goal(ticket, seed, outputs)})
+
+    def _choose_weights(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage:
+        if not case.level:
+            scored = self._scored(str(case.criterion), case.scored_at or START, seed, outputs)
+            goal = self._goal(case, seed, outputs)
+        else:
+            network = self.training(below(case), seed)
+            scored = {
+                "setting": self.setting,
+                "seed": seed,
+                "criterion": str(case.criterion),
+                "source": {"dense": folder_of(outputs, network), "step": None},
+                "images_per_class": self.spec.images_per_class,
+            }
+            rounds = case.level if case.schedule == "one-shot" else 1
+            assert self.spec.levels is not None
+            goal = {"share": self.spec.levels.share, "rounds": rounds, "scope": case.scope}
+        is_next = case.level > 1 and case.schedule == "iterative"
+        parent = folder_of(outputs, self.choice(below(case), seed)) if is_next else None
+        return Stage("mask", {**scored, **goal, "parent": parent})
+
+    def _shuffle(self, chosen: str, seed: int, outputs: Outputs) -> Stage:
+        like = folder_of(outputs, chosen)
+        return Stage("mask", {"setting": self.setting, "seed": seed, "like": like})
+
+    def _goal(self, case: TicketCase, seed: int, outputs: Outputs) -> dict[str, Any]:
+        """Return how much goes from a case that is matched to a ticket of blocks."""
+        chosen = outputs[self.choice(blocks_of(case), seed)]
+        assert chosen is not None
+        return {"blocks": chosen.found["removed"], "by": case.matched}
+
     def _draw(self, case: TicketCase, seed: int, dense: str, outputs: Outputs) -> Stage:
         return Stage(
             "early-bird",
             {
                 "setting": self.setting,
                 "seed": seed,
-                "dense": _folder(outputs, dense),
+                "dense": folder_of(outputs, dense),
                 "criterion": self._early.criterion,
                 "images_per_class": self.spec.images_per_class,
                 "p": case.p,
@@ -197,11 +281,13 @@ class Unfolding:
             },
         )
 
-    def _train(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage | None:
-        removed = self.removed(case, seed, outputs)
-        if removed is None:
+    def _train(
+        self, case: TicketCase, seed: int, outputs: Outputs, *, is_twin: bool = False
+    ) -> Stage | None:
+        cut = self.cut(case, seed, outputs)
+        if cut is None:
             return None
-        rewound = case.rewound_to
+        rewound = None if case.weights == "reinit" else case.rewound_to
         if case.early_bird and case.kind != "scratch":
             rewound = self.drawn_at(case, seed, outputs)
         finetune = self.spec.finetune if case.weights == "finetune" else None
@@ -210,11 +296,11 @@ class Unfolding:
             {
                 "setting": self.setting,
                 "seed": seed,
-                "removed": list(removed),
-                "weights": case.weights,
+                "cut": cut,
+                "weights": "rewind" if case.weights == "partial-reinit" else case.weights,
                 "from": self._source(case, rewound, seed, outputs),
                 "rewound_to": None if rewound is None else rewound.model_dump(),
-                "recipe": self._recipe(seed),
+                "recipe": self._recipe(order_seed(seed) if is_twin else seed),
                 "finetune": None if finetune is None else finetune.model_dump(),
                 "carry_optimizer": self.spec.carry_optimizer,
                 "test_every_epoch": self.spec.test_every_epoch,
@@ -222,47 +308,56 @@ class Unfolding:
         )
 
     def _evaluate(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage | None:
-        removed = self.removed(case, seed, outputs)
-        if removed is None:
+        cut = self.cut(case, seed, outputs)
+        if cut is None:
             return None
+        network = folder_of(outputs, self.training(case, seed))
         return Stage(
             "evaluation",
-            {
-                "setting": self.setting,
-                "seed": seed,
-                "network": _folder(outputs, self.training(case, seed)),
-                "removed": list(removed),
-            },
+            {"setting": self.setting, "seed": seed, "network": network, "cut": cut},
         )
 
     def _compare(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage | None:
         evaluated = self._evaluate(case, seed, outputs)
         if evaluated is None:
             return None
-        dense = _folder(outputs, self.training(DENSE, seed))
+        dense = folder_of(outputs, self.training(DENSE, seed))
         return Stage("similarity", {**evaluated.inputs, "dense": dense})
 
-    def _time(self, outputs: Outputs) -> Stage:
+    def _time(self, timed: Sequence[TicketCase], outputs: Outputs) -> Stage:
         assert self.spec.latency is not None
-        structures = {
-            tuple(found.found["removed"])
-            for found in outputs.values()
-            if found is not None and found.found["removed"] is not None
-        }
+        cuts = {json.dumps(NOTHING): NOTHING}
+        for case, seed in product(timed, self.spec.seed_list):
+            if self.choice(case, seed) in outputs:
+                cut = self.cut(case, seed, outputs)
+                cuts |= {} if cut is None else {json.dumps(cut): cut}
         return Stage(
             "latency",
             {
                 "setting": self.setting,
                 "seed": self.spec.seed_list[0],
-                "structures": [[], *(list(removed) for removed in sorted(structures))],
+                "cuts": [cuts[text] for text in sorted(cuts)],
                 **self.spec.latency.model_dump(),
             },
         )
 
     # --- parts of inputs --------------------------------------------------------------------------
 
+    def cut(self, case: TicketCase, seed: int, outputs: Outputs) -> dict[str, Any] | None:
+        """Return what a case lacks, as stages are told; None where there is no such ticket."""
+        if case.structure == "blocks":
+            removed = self.removed(case, seed, outputs)
+            return None if removed is None else {"blocks": list(removed)}
+        chosen = outputs[self.choice(case, seed)]
+        assert chosen is not None
+        if case.structure == "weights":
+            return {"mask": chosen.folder.name}
+        return {"filters": chosen.found["filters"]}
+
     def removed(self, case: TicketCase, seed: int, outputs: Outputs) -> tuple[str, ...] | None:
         """Return the blocks that a case lacks; None where no early-bird ticket was drawn."""
+        if case.structure != "blocks":
+            return ()
         found: list[list[str] | None] = [[]]
         for name in reversed(self._chosen_by(case, seed)):
             chosen = outputs[name]
@@ -283,21 +378,30 @@ class Unfolding:
         """Return where the weights of a case come from."""
         if case.weights == "reinit":
             return {"seed": fresh_seed(seed)}
-        if case.weights == "rewind" and rewound == START:
-            return {"seed": seed}
-        step = rewound.model_dump() if case.weights == "rewind" and rewound else None
-        return {"dense": _folder(outputs, self.training(DENSE, seed)), "step": step}
+        if case.weights in ("rewind", "partial-reinit"):
+            if rewound == START:
+                is_partial = case.weights == "partial-reinit"
+                return self._partly_new(case, seed, outputs) if is_partial else {"seed": seed}
+            step = rewound.model_dump() if rewound else None
+            return {"dense": folder_of(outputs, self.training(trunk_of(case), seed)), "step": step}
+        # The final weights are those of the network that was pruned.
+        network = below(case) if case.level else DENSE
+        return {"dense": folder_of(outputs, self.training(network, seed)), "step": None}
+
+    def _partly_new(self, case: TicketCase, seed: int, outputs: Outputs) -> dict[str, Any]:
+        masks = [folder_of(outputs, name) for name in self.shared_masks(case, seed)]
+        return {"fresh": fresh_seed(seed), "first": seed, "masks": masks}
 
     def _starts_from_dense(self, case: TicketCase) -> bool:
-        if case.weights == "rewind":
+        if case.weights in ("rewind", "partial-reinit"):
             return case.rewound_to != START
-        return case.weights in ("learning-rate", "finetune")
+        return case.weights in ("learning-rate", "finetune") and not case.level
 
     def _scored(self, criterion: str, moment: Step, seed: int, outputs: Outputs) -> dict[str, Any]:
         source: dict[str, Any] = {"seed": seed}
         if moment != START:
             step = None if moment == self.moments.end else moment.model_dump()
-            source = {"dense": _folder(outputs, self.training(DENSE, seed)), "step": step}
+            source = {"dense": folder_of(outputs, self.training(DENSE, seed)), "step": step}
         return {
             "setting": self.setting,
             "seed": seed,
@@ -335,15 +439,41 @@ class Unfolding:
         """Return the names of the nodes that decide what a case lacks: the choice comes first."""
         if case == DENSE:
             return ()
+        if case.structure != "blocks":
+            return (self.choice(case, seed),)
         drawn = (self._draw_of(case, seed),) if case.early_bird else ()
         return tuple(dict.fromkeys((self.choice(case, seed), *drawn)))
+
+    def _ticket_of(self, case: TicketCase) -> TicketCase:
+        """Return the ticket that a control of filters or weights stands beside."""
+        if case.kind != "scratch":
+            return case.model_copy(update={"kind": "ticket"})
+        # New weights leave open which policy's ticket it is: the first of the spec's.
+        free = {"kind": "ticket", "weights": None}
+        if not case.level:
+            free["rewound_to"] = None
+        return next(
+            ticket
+            for ticket in self.cases
+            if ticket.kind == "ticket"
+            and ticket.model_copy(update=free) == case.model_copy(update=free)
+        )
+
+    def shared_masks(self, case: TicketCase, seed: int) -> tuple[str, ...]:
+        """Return the choices of the last tickets of all importances, with their first weights."""
+        assert self.spec.levels is not None
+        free = {"weights": "rewind", "level": self.spec.levels.count}
+        return tuple(
+            self.choice(case.model_copy(update={**free, "criterion": importance}), seed)
+            for importance in self.spec.levels.importances
+        )
 
     def _draw_of(self, case: TicketCase, seed: int) -> str:
         """Return the name of the node that draws the early-bird ticket of a case's p."""
         return f"seed {seed}: draw {self._early.criterion}, p={case.p}, early bird"
 
 
-def _folder(outputs: Outputs, name: str) -> str:
+def folder_of(outputs: Outputs, name: str) -> str:
     found = outputs[name]
     assert found is not None, name
     return found.folder.name

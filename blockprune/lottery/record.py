@@ -15,11 +15,20 @@ from blockprune.lottery.steps import Step
 __all__ = [
     "RECORD_VERSION",
     "BlockRecord",
+    "ConnectionRecord",
+    "ConnectivityRecord",
+    "Distance",
     "EpochFigures",
+    "MaskRecord",
+    "Matched",
     "NetworkRecord",
+    "OverlapRecord",
     "RunRecord",
     "ScoreRecord",
     "SimilarityRecord",
+    "StabilityRecord",
+    "Structure",
+    "SurvivalRecord",
     "TicketCase",
     "Verdict",
     "VerdictRecord",
@@ -30,8 +39,15 @@ RECORD_VERSION: Final = 1
 Kind = Literal["dense", "ticket", "random", "scratch"]
 """The dense network; a ticket; blocks removed at random; a ticket's depth from new weights."""
 
-Weights = Literal["rewind", "learning-rate", "reinit", "finetune"]
-"""Weights policies: see `blockprune.lottery.weights`."""
+Structure = Literal["blocks", "filters", "weights"]
+"""What a ticket lacks: whole residual blocks, filters of convolutions, single weights."""
+
+Matched = Literal["params", "macs", "filters"]
+"""What a ticket of filters or weights lacks as much of as the ticket of blocks beside it."""
+
+Weights = Literal["rewind", "learning-rate", "reinit", "finetune", "partial-reinit"]
+"""Weights policies: see `blockprune.lottery.weights`; "partial-reinit": new weights, but for those
+connections that all tickets of the seed share, which keep their first ones."""
 
 Verdict = Literal["wins", "ties", "loses", "not enough seeds"]
 
@@ -48,13 +64,19 @@ class TicketCase(_Value):
         kind: of the network.
         criterion: that chose the blocks; None for the dense network, "random" for that control,
             for a ticket from scratch that of the ticket whose blocks it has.
-        p: blocks removed.
+        p: blocks removed; of other structures matched to them, those of the ticket of blocks; 0
+            where a level says how much went.
         scored_at: the moment of dense training whose weights were scored; None where none were.
         weights: what the ticket's weights and schedule start from; None for the dense network.
         rewound_to: the moment that the policy goes back to; None where it does not.
         schedule: "one-shot" or "iterative".
         early_bird: whether the ticket was drawn, and its weights are from, when masks had settled:
             at an epoch that each seed has of its own, so that `scored_at` is None.
+        structure: what is removed.
+        matched: of filters and weights beside a ticket of `p` blocks, what is equal.
+        level: of weights, how many rounds of pruning made the mask; 0 elsewhere.
+        scope: of weights, whether importances are compared over all layers, or each layer loses
+            the same share.
     """
 
     kind: Kind
@@ -65,28 +87,47 @@ class TicketCase(_Value):
     rewound_to: Step | None = None
     schedule: Literal["one-shot", "iterative"] = "one-shot"
     early_bird: bool = False
+    structure: Structure = "blocks"
+    matched: Matched | None = None
+    level: int = 0
+    scope: Literal["global", "layers"] = "global"
 
     def label(self) -> str:
         """Return the case in a few words, for tables and legends."""
-        if self.kind == "dense":
+        if self.kind == "dense" and self.weights is None:
             return "dense"
-        words = [self._who(), f"p={self.p}"]
+        words = [self._who(), *self._how_much()]
         if self.scored_at is not None:
             words.append(f"scored at {self.scored_at}")
         if self.early_bird:
             words.append("early bird")
-        if self.weights in ("learning-rate", "finetune") or self._is_reinitialised_ticket:
+        is_plain = self.weights in (None, "rewind")
+        if not is_plain and (self.weights != "reinit" or self._is_reinitialised_ticket):
             words.append(str(self.weights))
         if self.rewound_to is not None and self.rewound_to != Step(epoch=0):
             words.append(f"rewound to {self.rewound_to}")
-        if self.schedule == "iterative":
-            words.append("iterative")
+        # Levels are iterative unless they say otherwise, blocks are not.
+        if self.schedule != ("iterative" if self.level else "one-shot"):
+            words.append(self.schedule)
+        if self.scope == "layers":
+            words.append("by layers")
         return ", ".join(words)
 
     def _who(self) -> str:
         if self.kind == "scratch":
             return f"scratch of {self.criterion}" if self.criterion else "scratch"
+        if self.kind == "random" and self.structure != "blocks":
+            return f"random like {self.criterion}"
         return str(self.criterion) if self.kind == "ticket" else self.kind
+
+    def _how_much(self) -> list[str]:
+        if self.kind == "dense":
+            return []
+        if self.level:
+            return [f"level {self.level}"]
+        if self.structure == "blocks":
+            return [f"p={self.p}"]
+        return [f"{self.structure} like p={self.p} in {self.matched}"]
 
     @property
     def _is_reinitialised_ticket(self) -> bool:
@@ -112,8 +153,13 @@ class NetworkRecord(_Value):
         seed: of its weights, data order and draws.
         removed: names of the blocks that went, in order of execution.
         blocks: residual blocks left, those that cannot be removed counted.
-        params: parameters (elements).
-        macs: multiply-accumulates of one sample.
+        params: parameters (elements) that are left; masked ones are not.
+        macs: multiply-accumulates of one sample that these need. What computes with a mask
+            multiplies by its zeros too, as its latency shows.
+        filters: of all convolutions, those that went not counted; None in older records.
+        narrowed: layer to filters that went.
+        weights_left: of those that a mask may prune; None where there is no mask.
+        weights_total: likewise, pruned or not.
         accuracy: on the test set after the last epoch.
         loss: likewise.
         epochs: those this network trained itself, those before a rewind not counted.
@@ -129,6 +175,10 @@ class NetworkRecord(_Value):
     blocks: int
     params: int
     macs: int
+    filters: int | None = None
+    narrowed: dict[str, int] = Field(default_factory=dict)
+    weights_left: int | None = None
+    weights_total: int | None = None
     accuracy: float
     loss: float
     epochs: tuple[EpochFigures, ...]
@@ -217,6 +267,126 @@ class SimilarityRecord(_Value):
     values: tuple[tuple[float, ...], ...]
 
 
+class MaskRecord(_Value):
+    """How many weights of each layer a mask left.
+
+    Attributes:
+        case: whose mask it is.
+        seed: likewise.
+        layers: weight tensor to those left and all of it, in order of the network.
+        collapsed: those of which nothing is left (layer collapse, Tanaka et al., 2020).
+    """
+
+    case: TicketCase
+    seed: int
+    layers: dict[str, tuple[int, int]]
+    collapsed: tuple[str, ...] = ()
+
+
+class OverlapRecord(_Value):
+    """How many connections tickets of one seed and level have in common (papers/003, section 5).
+
+    Attributes:
+        cases: two tickets, or all of a level.
+        seed: of all of them.
+        of_all: connections in all of the masks, as a share of all that can be pruned.
+        of_surviving: likewise, of those that the smallest mask left.
+        expected: what `of_surviving` would be of independent random masks of these sizes.
+    """
+
+    cases: tuple[TicketCase, ...]
+    seed: int
+    of_all: float
+    of_surviving: float
+    expected: float
+
+
+class ConnectionRecord(_Value):
+    """How steady the connections of a ticket are over the rounds that led to it (papers/003).
+
+    The values of a connection are those after the training of each round, the dense one first.
+
+    Attributes:
+        case: the ticket of the last level.
+        seed: of it.
+        overlapping: connections that the tickets of all importances share.
+        others: the ticket's other connections.
+        spread: mean standard deviation of a connection's values: overlapping, others.
+        sign_flips: share of connections whose sign was not always the same: likewise.
+        None where there is no such connection.
+    """
+
+    case: TicketCase
+    seed: int
+    overlapping: int
+    others: int
+    spread: tuple[float | None, float | None]
+    sign_flips: tuple[float | None, float | None]
+
+
+class SurvivalRecord(_Value):
+    """How many of the shared connections survive again after a partial re-initialisation.
+
+    Attributes:
+        case: the ticket that was found from the partly new weights.
+        seed: of it.
+        layers: weight tensor to shared connections, those of them that the new ticket has, and how
+            many it would have by chance.
+    """
+
+    case: TicketCase
+    seed: int
+    layers: dict[str, tuple[int, int, float]]
+
+
+class Distance(_Value):
+    """How far two trained weights of one mask are apart (papers/004).
+
+    Attributes:
+        l2: Euclidean distance ||m * W - m * W'||.
+        degrees: angle between m * W and m * W'.
+    """
+
+    l2: float
+    degrees: float
+
+
+class StabilityRecord(_Value):
+    """How far noise carries a masked network (papers/004).
+
+    Attributes:
+        case: the masked network.
+        seed: of it.
+        to_pruning: distance to the dense network that was trained on the same order of the data.
+        to_order: distance to the same masked network, trained on another order.
+    """
+
+    case: TicketCase
+    seed: int
+    to_pruning: Distance
+    to_order: Distance
+
+
+class ConnectivityRecord(_Value):
+    """Test error on the line between a network trained on two orders of the data.
+
+    Source: Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis", 2020.
+
+    Attributes:
+        case: the network.
+        seed: of it.
+        alphas: places on the line, 0 and 1 the two networks.
+        errors: there, shares in [0, 1].
+        instability: the highest error less the mean of both ends; stable below 0.02.
+    """
+
+    case: TicketCase
+    seed: int
+    alphas: tuple[float, ...]
+    errors: tuple[float, ...]
+    instability: float
+
+
 class RunRecord(_Value):
     """All that one run found.
 
@@ -234,6 +404,12 @@ class RunRecord(_Value):
         scores: of the blocks.
         verdicts: one for each case but the dense one.
         similarities: where the spec asks for them.
+        masks: of every network that has one.
+        overlaps: of tickets of weights.
+        connections: likewise.
+        survivals: likewise.
+        stabilities: where the spec asks for them.
+        connectivities: likewise.
         failures: stage to error, of what could not be done; all else is complete.
         notes: what a reader must know before believing a figure.
     """
@@ -252,6 +428,12 @@ class RunRecord(_Value):
     scores: tuple[ScoreRecord, ...]
     verdicts: tuple[VerdictRecord, ...]
     similarities: tuple[SimilarityRecord, ...] = ()
+    masks: tuple[MaskRecord, ...] = ()
+    overlaps: tuple[OverlapRecord, ...] = ()
+    connections: tuple[ConnectionRecord, ...] = ()
+    survivals: tuple[SurvivalRecord, ...] = ()
+    stabilities: tuple[StabilityRecord, ...] = ()
+    connectivities: tuple[ConnectivityRecord, ...] = ()
     failures: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -26,18 +26,21 @@ from pydantic import ValidationError
 
 from blockprune.blocks import BlockAnalysis
 from blockprune.data import balanced_batch, size_of
+from blockprune.filters import filter_layers
 from blockprune.lottery import tensorboard
 from blockprune.lottery.assembling import Assembly
 from blockprune.lottery.cases import Moments, cases_of
+from blockprune.lottery.comparisons import Comparison, comparisons_of
 from blockprune.lottery.executors import InProcess, Submits, opened
 from blockprune.lottery.merges import residual_merges
 from blockprune.lottery.nodes import Node, Unfolding
 from blockprune.lottery.record import BlockRecord, RunRecord
 from blockprune.lottery.spec import Spec, SpecError
 from blockprune.lottery.stages import Output, RunError, Stage, StageStore, write_whole
-from blockprune.lottery.work import Job, Setting, criterion_named, perform
+from blockprune.lottery.work import Job, Setting, check_criteria, perform
 from blockprune.plan import make_plan
 from blockprune.randomness import preserved_rng
+from blockprune.sparsity import Mask
 
 __all__ = ["Event", "run"]
 
@@ -133,10 +136,11 @@ def run(
     with store.alone():
         store.clear()
         with opened(executor, jobs) as workers:
-            schedule = _Schedule(store, workers, job, prepared.unfolding.nodes(), on_event)
+            schedule = _Schedule(store, workers, job, prepared.nodes(), on_event)
             schedule.run()
         record = Assembly(
             prepared.unfolding,
+            prepared.comparisons,
             schedule.outputs,
             schedule.failures,
             prepared.blocks,
@@ -152,14 +156,23 @@ class _Prepared:
     """A spec that can be carried out.
 
     Attributes:
-        unfolding: its nodes.
+        unfolding: its networks.
+        comparisons: between them.
         blocks: of the dense network.
         data: what the record says of the data.
     """
 
     unfolding: Unfolding
+    comparisons: tuple[Comparison, ...]
     blocks: tuple[BlockRecord, ...]
     data: dict[str, str | int | tuple[int, ...]]
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Return every node of the run once."""
+        nodes = [*self.unfolding.nodes()]
+        for comparison in self.comparisons:
+            nodes += [*comparison.before, comparison.node]
+        return tuple({node.name: node for node in nodes}.values())
 
 
 def _prepare(spec: Spec, data_dir: str | None) -> _Prepared:
@@ -173,11 +186,7 @@ def _prepare(spec: Spec, data_dir: str | None) -> _Prepared:
     with preserved_rng():
         setting = Setting.of(told, data_dir)
         images = setting.images
-        for criterion in (
-            *spec.criteria,
-            *([spec.early_bird.criterion] if spec.early_bird else []),
-        ):
-            criterion_named(criterion)
+        check_criteria(spec)
         seed = spec.seed_list[0]
         model = setting.build(seed)
         if model is setting.build(seed):
@@ -186,6 +195,7 @@ def _prepare(spec: Spec, data_dir: str | None) -> _Prepared:
             )
         analysis = setting.analyse(model)
         _check_classes(spec, setting, model)
+        _check_structures(spec, setting, model)
         balanced_batch(images.train, images.num_classes, spec.images_per_class, seed=seed)
     first = analysis.names[:1] if spec.protect_first else ()
     protect = (*first, *spec.protect)
@@ -200,9 +210,20 @@ def _prepare(spec: Spec, data_dir: str | None) -> _Prepared:
         "classes": images.num_classes,
     }
     cases = cases_of(spec, ps, moments)
-    return _Prepared(
-        Unfolding(spec, told, cases, moments, protect), residual_merges(analysis), data
-    )
+    unfolding = Unfolding(spec, told, cases, moments, protect)
+    comparisons = comparisons_of(unfolding)
+    return _Prepared(unfolding, comparisons, residual_merges(analysis), data)
+
+
+def _check_structures(spec: Spec, setting: Setting, model: torch.nn.Module) -> None:
+    """Refuse a network that has nothing of what is to go."""
+    if "filters" in spec.structures and not filter_layers(model, setting.image):
+        raise SpecError(
+            f'structures names "filters", and {spec.model.name} has no convolution inside a '
+            'residual branch to take them from: "blocks" and "weights" are left.'
+        )
+    if "weights" in spec.structures or spec.levels is not None:
+        Mask.full(model)
 
 
 def _check_classes(spec: Spec, setting: Setting, model: torch.nn.Module) -> None:

@@ -11,7 +11,6 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,9 +29,10 @@ from pydantic import (
     model_validator,
 )
 
-from blockprune.errors import BlockpruneError, close_names
+from blockprune.errors import SpecError, close_names
+from blockprune.lottery.moments import Moment, MomentOrSame
 from blockprune.lottery.recipe import Recipe
-from blockprune.lottery.record import Weights
+from blockprune.lottery.record import Matched, Structure, Weights
 from blockprune.lottery.steps import Step
 
 __all__ = [
@@ -41,51 +41,19 @@ __all__ = [
     "EarlyBird",
     "FineTuning",
     "LatencyChoice",
+    "Levels",
     "ModelChoice",
-    "Moment",
     "Spec",
     "SpecError",
-    "step_at",
+    "Stability",
+    "table_in",
 ]
 
 HIGHEST_SEED = 2**31 - 1
 """Above it lie the seeds of new weights, see `blockprune.lottery.work`."""
 
 Schedule = Literal["one-shot", "iterative"]
-
-
-class SpecError(BlockpruneError, ValueError):
-    """What a run is asked for cannot be read, or makes no sense."""
-
-
-def _moment(value: object) -> object:
-    """Return a moment as text or step; refuse what is none in a sentence that lists what is."""
-    if isinstance(value, Step) or (
-        isinstance(value, str) and (value in ("init", "final") or _share(value) is not None)
-    ):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = {"epoch": value}
-    if isinstance(value, Mapping):
-        with suppress(ValidationError):
-            return Step.model_validate(value, strict=True)
-    raise ValueError(
-        f'{value!r} is no moment of training: give "init", "final", a share such as "25%", an '
-        "epoch such as 10, or { epoch = 2, iteration = 50 }"
-    )
-
-
-def _moment_or_same(value: object) -> object:
-    return value if value == "scored_at" else _moment(value)
-
-
-def _share(text: str) -> float | None:
-    """Return "25%" as 0.25, None where it is no share in [0, 1]."""
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError:
-        return None
-    return share if text.endswith("%") and 0 <= share <= 1 else None
+Scope = Literal["global", "layers"]
 
 
 def _several(value: object) -> object:
@@ -93,39 +61,9 @@ def _several(value: object) -> object:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-Moment = Annotated[str | Step, BeforeValidator(_moment)]
-"""When: "init", "final", a share of the training such as "25%", an epoch, or a `Step`."""
-
-MomentOrSame = Annotated[str | Step, BeforeValidator(_moment_or_same)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Option = StrictBool | StrictInt | StrictFloat | StrictStr | list[Any] | None
-
-
-def step_at(moment: str | Step, epochs: int, per_epoch: int) -> Step:
-    """Return the step that a moment is, in a training of so many epochs of so many batches.
-
-    Raises:
-        SpecError: it lies behind the end.
-
-    Example:
-        >>> from blockprune.lottery.spec import step_at
-        >>> step_at("25%", epochs=20, per_epoch=12), step_at("12.5%", epochs=20, per_epoch=12)
-        (Step(epoch=5, iteration=0), Step(epoch=2, iteration=6))
-    """
-    total = epochs * per_epoch
-    if isinstance(moment, Step):
-        done = moment.iterations(per_epoch)
-    else:
-        share = {"init": 0.0, "final": 1.0}.get(moment, _share(moment))
-        assert share is not None, moment
-        done = round(share * total)
-    if done > total:
-        raise SpecError(
-            f"{moment} lies behind the end of the training, {epochs} epochs of {per_epoch} "
-            "iterations."
-        )
-    return Step.of_iterations(done, per_epoch)
 
 
 class _Table(BaseModel):
@@ -189,6 +127,72 @@ class EarlyBird(_Table):
     )
 
 
+class Levels(_Table):
+    """Tickets of single weights, pruned in rounds: each level trains, prunes and rewinds.
+
+    Every level prunes a share of the weights that the one before it left, by an importance of the
+    weights that its training ended with, and goes back as `weights` and `rewound_to` say.
+
+    Sources: Frankle et al., "Stabilizing the lottery ticket hypothesis", 2019 (Algorithm 1);
+    papers/003, Algorithm 2.
+    """
+
+    importances: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        description="What ranks the weights: names of blockprune.sparsity.IMPORTANCES."
+    )
+    count: Count = Field(default=10, description="Rounds of pruning.")
+    share: float = Field(
+        default=0.2, gt=0, lt=1, description="Of the remaining weights, that each round prunes."
+    )
+    schedule: Annotated[tuple[Schedule, ...], BeforeValidator(_several)] = Field(
+        default=("iterative",),
+        description='"iterative": a training between rounds; "one-shot": all rounds at once, by '
+        "the trained dense network.",
+    )
+    scope: Annotated[tuple[Scope, ...], BeforeValidator(_several)] = Field(
+        default=("global",),
+        description='"global": importances are compared over all layers; "layers": each layer '
+        "loses the same share.",
+    )
+    trained: Annotated[tuple[StrictInt, ...], BeforeValidator(_several)] = Field(
+        default=(),
+        description="One-shot levels that are trained; none named: all of them. Iterative ones "
+        "all are, since each needs the one before it.",
+    )
+    controls_at: Annotated[tuple[StrictInt, ...], BeforeValidator(_several)] = Field(
+        default=(), description="Levels at which controls run; none named: all of them."
+    )
+    partial_reinit: bool = Field(
+        default=False,
+        description="Find the tickets again from new weights, but for the connections that those "
+        "of all importances share (papers/003, section 5).",
+    )
+
+
+class Stability(_Table):
+    """How far noise carries tickets of weights, and their random controls (papers/004).
+
+    Each is trained a second time, on another order of the data.
+    """
+
+    levels: Annotated[tuple[StrictInt, ...], BeforeValidator(_several)] = Field(
+        default=(), description="At which; none named: the last."
+    )
+    alphas: int = Field(
+        default=0,
+        ge=0,
+        description="Places on the line between both at which the test error is measured (linear "
+        "mode connectivity); 30 in the paper; 0: not.",
+    )
+
+    @field_validator("alphas")
+    @classmethod
+    def _two_ends(cls, alphas: int) -> int:
+        if alphas == 1:
+            raise ValueError("a line has two ends: give 2 places or more, or 0")
+        return alphas
+
+
 class FineTuning(_Table):
     """How the "finetune" policy goes on from the final weights."""
 
@@ -231,11 +235,29 @@ class Spec(_Table):
     data: DataChoice = Field(default_factory=DataChoice, description="To train and test on.")
     recipe: Recipe = Field(description="How the dense network is trained; seed is the run's.")
     criteria: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        default=(),
         description="What ranks the blocks: names of `blockprune criteria`, or "
         "package.module:function. Random blocks are a control, not a criterion.",
     )
     p: Annotated[tuple[StrictInt | StrictFloat, ...], BeforeValidator(_several)] = Field(
+        default=(),
         description="Blocks to remove: a count (int), or a share of the removable ones (float).",
+    )
+    structures: Annotated[tuple[Structure, ...], BeforeValidator(_several)] = Field(
+        default=("blocks",),
+        description='What criteria and p remove: "blocks"; "filters" or "weights", as many as the '
+        "ticket of p blocks lacks, see matched_by.",
+    )
+    matched_by: Annotated[tuple[Matched, ...], BeforeValidator(_several)] = Field(
+        default=("params",),
+        description='What a ticket of filters or weights has as many of as that of blocks: "params"'
+        ', "macs", or "filters" (of filters alone).',
+    )
+    levels: Levels | None = Field(
+        default=None, description="Tickets of weights pruned in rounds. None: not."
+    )
+    stability: Stability | None = Field(
+        default=None, description="Of the tickets of levels, which it needs. None: not measured."
     )
     scored_at: Annotated[tuple[Moment, ...], BeforeValidator(_several)] = Field(
         default=("init",),
@@ -324,16 +346,7 @@ class Spec(_Table):
             SpecError: the file cannot be read, or is not what a spec can be.
         """
         file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"The spec {file} cannot be read: {error}") from error
-        try:
-            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-        except ValueError as error:
-            kind = "JSON" if file.suffix == ".json" else "TOML"
-            raise SpecError(f"The spec {file} is not valid {kind}: {error}") from error
-        return cls.parse(table, source=str(file))
+        return cls.parse(table_in(file), source=str(file))
 
     @classmethod
     def parse(cls, table: Mapping[str, Any], *, source: str = "The spec") -> Self:
@@ -385,12 +398,13 @@ class Spec(_Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for field in ("criteria", "p", "scored_at", "rewound_to", "weights", "schedule"):
-            values = getattr(self, field)
-            if not values:
-                raise ValueError(f"{field} is an empty list; it needs at least one entry")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{field} has an entry twice: {', '.join(map(str, values))}")
+        for field in ("scored_at", "rewound_to", "weights", "schedule", "structures", "matched_by"):
+            _check_list(field, getattr(self, field))
+        if self.levels is None or self.criteria or self.p:
+            _check_list("criteria", self.criteria)
+            _check_list("p", self.p)
+        self._check_structures()
+        self._check_levels()
         if self.recipe.seed != 0:
             raise ValueError("recipe.seed has no place here: seeds says which, for all stages")
         self._check_policies()
@@ -401,6 +415,52 @@ class Spec(_Table):
                 f"{self.recipe.epochs} epochs"
             )
         return self
+
+    def _check_structures(self) -> None:
+        others = set(self.structures) - {"blocks"}
+        if self.matched_by != ("params",) and not others:
+            raise ValueError(
+                'matched_by means nothing to structures = ["blocks"]: add "filters" or "weights"'
+            )
+        if self.structures == ("weights",) and self.matched_by == ("filters",):
+            raise ValueError(
+                'weights cannot be matched by filters: matched_by "params" or "macs" would do'
+            )
+        if others and "iterative" in self.schedule:
+            raise ValueError(
+                'schedule "iterative" is for blocks alone; weights are pruned in rounds by [levels]'
+            )
+        if "partial-reinit" in self.weights:
+            raise ValueError(
+                '"partial-reinit" is no policy of its own: set partial_reinit = true in [levels]'
+            )
+
+    def _check_levels(self) -> None:
+        levels = self.levels
+        if levels is None:
+            if self.stability is not None:
+                raise ValueError("[stability] is of the tickets of [levels], which is not there")
+            return
+        _check_list("levels.importances", levels.importances)
+        _check_list("levels.schedule", levels.schedule)
+        _check_list("levels.scope", levels.scope)
+        named = {
+            "levels.trained": levels.trained,
+            "levels.controls_at": levels.controls_at,
+            "stability.levels": () if self.stability is None else self.stability.levels,
+        }
+        for field, chosen in named.items():
+            if not all(1 <= level <= levels.count for level in chosen):
+                raise ValueError(f"{field} = {list(chosen)}: levels are 1 .. {levels.count}")
+        if levels.partial_reinit and (
+            len(levels.importances) < 2 or "iterative" not in levels.schedule
+        ):
+            raise ValueError(
+                "levels.partial_reinit is about what the iterative tickets of two importances or "
+                "more share"
+            )
+        if levels.partial_reinit and "rewind" not in self.weights:
+            raise ValueError('levels.partial_reinit needs "rewind" among weights')
 
     def _check_policies(self) -> None:
         goes_back = {"rewind", "learning-rate"} & set(self.weights)
@@ -432,6 +492,34 @@ class Spec(_Table):
                     f"({moment}), and leaves nothing to train: name an earlier moment, or the "
                     'policy "finetune"'
                 )
+
+
+def table_in(file: Path) -> dict[str, Any]:
+    """Return the table in a TOML file, or in a JSON file.
+
+    Raises:
+        SpecError: it cannot be read, or is none.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"The spec {file} cannot be read: {error}") from error
+    try:
+        table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    # A file of brackets alone exceeds what a parser may nest.
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if file.suffix == ".json" else "TOML"
+        raise SpecError(f"The spec {file} is not valid {kind}: {error}") from error
+    if not isinstance(table, dict):
+        raise SpecError(f"The spec {file} is a {type(table).__name__}, not a table of fields.")
+    return table
+
+
+def _check_list(field: str, values: tuple[object, ...]) -> None:
+    if not values:
+        raise ValueError(f"{field} is an empty list; it needs at least one entry")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{field} has an entry twice: {', '.join(map(str, values))}")
 
 
 def _sentence(problem: Any) -> str:

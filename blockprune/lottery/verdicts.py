@@ -105,7 +105,12 @@ def verdicts_of(
 
 
 def random_twin(case: TicketCase) -> TicketCase:
-    """Return the control of random blocks that is trained like a ticket."""
+    """Return the control that is trained like a ticket, and lacks as much at random.
+
+    That of filters or weights is like one ticket: it has as many of each layer as this has.
+    """
+    if case.structure != "blocks":
+        return case.model_copy(update={"kind": "random"})
     return case.model_copy(
         update={
             "kind": "random",
