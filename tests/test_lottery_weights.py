@@ -438,6 +438,7 @@ class TestSuites:
             ("runs = 3", "is a list of tables"),
             ("[[runs]]\np = 1", "is named None"),
             ('[[runs]]\nname = "../up"', "is named '../up'"),
+            ('[[runs]]\nname = "report"', "is named 'report'"),
             (SHARED + '[[runs]]\nname = "A"', "two runs have one name"),
             (SHARED + '[[runs]]\nname = "b"\ncriterio = 1', "run b cannot be used"),
         ],

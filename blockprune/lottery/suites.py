@@ -14,6 +14,7 @@ from blockprune.lottery.spec import Spec, table_in
 __all__ = ["read_specs"]
 
 RUNS = "runs"
+_TAKEN = ("report", "stages")
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -66,10 +67,10 @@ def read_specs(path: str | os.PathLike[str]) -> tuple[Spec, ...]:
 
 def _check_names(file: Path, names: list[object]) -> None:
     for place, name in enumerate(names, start=1):
-        if not isinstance(name, str) or not _FOLDER.fullmatch(name):
+        if not isinstance(name, str) or not _FOLDER.fullmatch(name) or name in _TAKEN:
             raise SpecError(
                 f"{file}: run {place} is named {name!r}. Each needs a name that can be a folder: "
-                "letters, digits, dots, dashes and underscores."
+                f"letters, digits, dots, dashes and underscores, but not {', '.join(_TAKEN)}."
             )
     if len({str(name).lower() for name in names}) < len(names):
         raise SpecError(f"{file}: two runs have one name: {', '.join(map(str, names))}.")
