@@ -940,6 +940,18 @@ class OpaqueMerge(nn.Module):
         return x + self.f(x) if x.mean() < 100 else x
 
 
+class UntraceableBody(nn.Module):
+    """Blocks inside a module that no tracer can follow, and that is called by one that can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Plain(), Plain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return -x if x.mean() > 100 else x
+
+
 # ---------------------------------------------------------------- attention and tokens
 
 
@@ -1397,6 +1409,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("layer_drop", LayerDrop, images, _body(2), {}, salts=(0, 1, 2, 3, 4)),
     Entry("control_flow", ControlFlow, images, _body(2), {}),
     Entry("untraceable_leaf", _trunk(lambda: Plain(Undecided()), Plain), images, _body(2), {}),
+    Entry(
+        "untraceable_part",
+        _trunk(UntraceableBody, Plain, Plain),
+        images,
+        named("body.0.body.0", "body.0.body.1", "body.1", "body.2"),
+        {},
+    ),
     Entry("opaque", _trunk(OpaqueMerge, Plain), images, named("body.1"), {"opaque": 1}),
     # --- attention and tokens
     Entry(

@@ -145,7 +145,6 @@ def cut_blocks(
             analysis.cuts,
             cuts,
             analysis.traced.call,
-            verify=verify,
             # Its class and its configuration say what the layers of a shallower one are called.
             renumbered=preserve_root and has_configuration(model),
             told=preserve_root,

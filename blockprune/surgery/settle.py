@@ -94,7 +94,6 @@ def settle(
     chosen: Sequence[Cut],
     call: Call,
     *,
-    verify: bool,
     renumbered: bool,
     told: bool,
 ) -> Settled:
@@ -106,7 +105,6 @@ def settle(
         graphs: region path to the ticket's graph.
         cuts, chosen: the branches of the model, and those that go.
         call: the example inputs.
-        verify: compare with `proved`; if not, all layers that can go are taken out.
         renumbered: whether the layers behind are to have the names of a shallower model.
         told: whether to warn of pass-throughs that stay.
     """
@@ -123,7 +121,7 @@ def settle(
         inside = {path: graph for path, graph in graphs.items() if path not in covered}
         for follows in (True, False) if has_configuration(model) else (False,):
             form = _without(model, inside, gone, final, follows, renumbered)
-            if form is not None and (not verify or agrees(form)):
+            if form is not None and agrees(form):
                 if final and has_configuration(model) and not follows:
                     _warn("the configuration could not be brought in step with the layers left", 6)
                 if final and form.drift:

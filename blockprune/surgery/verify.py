@@ -74,8 +74,15 @@ def verify(
         itself does not run in train mode on these inputs.
 
     Raises:
-        VerificationError: names the first node that differs, and the difference.
+        VerificationError: names the first node that differs, and the difference; or there are no
+            values to compare, as the model is on the meta device.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise VerificationError(
+                f"a ticket is verified by the values it computes, and {name!r} has none: it is on "
+                "the meta device. Pass verify=False, or a model with weights."
+            )
     with isolated():
         try:
             modes = _prove(model, ticket, traced.call, traced.regions, references, graphs)

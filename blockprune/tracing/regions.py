@@ -214,15 +214,19 @@ class _Walk:
     def _look_into_leaves(
         self, path: str, graph: fx.Graph, leaves: Leaves, order: tuple[int, ...]
     ) -> None:
+        region = self.root.get_submodule(path)
+        # A graph of before does not say why a module in it is called and not part of it.
+        is_followed = isinstance(region, fx.GraphModule)
         for index, node in enumerate(graph.nodes):
             if node.op != "call_module":
                 continue
             name = str(node.target)
-            module = self.root.get_submodule(path).get_submodule(name)
+            module = region.get_submodule(name)
             qualified = _joined(path, name)
             if id(module) in self._visited:
                 continue
-            if isinstance(module, fx.GraphModule) or name in leaves.paths:
+            is_unknown = is_followed and _may_hold_blocks(module)
+            if isinstance(module, fx.GraphModule) or name in leaves.paths or is_unknown:
                 # Called with plain numbers, as a region of its own, it may well trace.
                 self._try_child(qualified, (*order, index))
             elif type(module) in leaves.classes:
