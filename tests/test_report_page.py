@@ -35,6 +35,7 @@ from blockprune.report.paper import paper_tables, set_up_of
 from blockprune.report.pictures import block_pictures
 from tests.browser import CHROMIUM, Browser
 from tests.fake_run import DENSE, anew, chance, fake_run, network, ticket, verdict_on
+from tests.fake_weights import structures_run, weights_run
 
 FILES = ("report.html", "results.json", "networks.csv", "verdicts.csv", "scores.csv")
 SECTIONS = (
@@ -510,19 +511,26 @@ def case_of(row: dict[str, str]) -> TicketCase:
             "rewound_to": step(row, "rewound_to"),
             "schedule": row["schedule"],
             "early_bird": row["early_bird"] == "True",
+            "structure": row["structure"],
+            "matched": row["matched"] or None,
+            "level": int(row["level"]),
+            "scope": row["scope"],
         }
     )
 
 
 class TestTables:
-    def test_networks_come_back_as_they_were(self, run: RunRecord) -> None:
+    @pytest.mark.parametrize("make", [fake_run, weights_run, structures_run])
+    def test_networks_come_back_as_they_were(self, make: Callable[[], RunRecord]) -> None:
+        run = make()
         rows = read(networks_csv(run))
         assert len(rows) == len(run.networks)
         for row, trained in zip(rows, run.networks, strict=True):
             assert case_of(row) == trained.case
             assert tuple(filter(None, row["removed"].split(";"))) == trained.removed
             for field in ("accuracy", "loss", "latency_ms", "latency_iqr_ms", "seconds"):
-                assert float(row[field]) == getattr(trained, field)
+                value = getattr(trained, field)
+                assert row[field] == ("" if value is None else str(value))
             for field in ("seed", "blocks", "params", "macs"):
                 assert int(row[field]) == getattr(trained, field)
             assert (row["stage"], int(row["epochs"])) == (trained.stage, len(trained.epochs))

@@ -10,6 +10,7 @@ from blockprune.report.page import page_html
 from blockprune.report.plots import plot_accuracy, plot_blocks
 from blockprune.report.record_csv import networks_csv, scores_csv, verdicts_csv
 from blockprune.report.run_files import read_run, write_run_report
+from blockprune.report.suite import index_html, runs_in
 from blockprune.report.tables import comparison_markdown, comparison_table, reading_notes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "bench_tables",
     "comparison_markdown",
     "comparison_table",
+    "index_html",
     "networks_csv",
     "page_html",
     "plot_accuracy",
@@ -25,6 +27,7 @@ __all__ = [
     "plot_blocks",
     "read_run",
     "reading_notes",
+    "runs_in",
     "scores_csv",
     "staged_folder",
     "verdicts_csv",

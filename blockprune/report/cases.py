@@ -9,9 +9,10 @@ from blockprune.lottery.record import NetworkRecord, RunRecord, TicketCase, Verd
 from blockprune.lottery.steps import Step
 from blockprune.lottery.verdicts import random_twin
 
-__all__ = ["INITIALISATION", "Cases", "Setting", "Source", "by_source"]
+__all__ = ["DENSE", "INITIALISATION", "Cases", "Setting", "Source", "by_source", "moment_of"]
 
 INITIALISATION = Step()
+DENSE = TicketCase(kind="dense")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Setting:
         """Return the setting in a few words."""
         words = []
         if self.scored_at is not None:
-            words.append(f"scored at {_moment(self.scored_at)}")
+            words.append(f"scored at {moment_of(self.scored_at)}")
         if self.early_bird:
             words.append("early birds")
         if self.rewound_to is not None and self.rewound_to != self.scored_at:
-            words.append(f"rewound to {_moment(self.rewound_to)}")
+            words.append(f"rewound to {moment_of(self.rewound_to)}")
         if self.weights not in (None, "rewind"):
             words.append(str(self.weights))
         if self.schedule != "one-shot":
@@ -47,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the choice of the blocks came from: a criterion, or a control."""
+    """Where the choice of what goes came from: a criterion, or a control."""
 
     kind: str
     criterion: str | None
@@ -55,7 +56,8 @@ class Source:
     @classmethod
     def of(cls, case: TicketCase) -> Source:
         """Return the source of a case."""
-        return cls(case.kind, case.criterion if case.kind in ("ticket", "scratch") else None)
+        has_criterion = case.kind in ("ticket", "scratch") or case.structure != "blocks"
+        return cls(case.kind, case.criterion if has_criterion else None)
 
     def name(self) -> str:
         """Return what it is called in legends."""
@@ -63,6 +65,8 @@ class Source:
             return str(self.criterion)
         if self.kind == "scratch" and self.criterion is not None:
             return f"{self.criterion}, from scratch"
+        if self.kind == "random" and self.criterion is not None:
+            return f"random like {self.criterion}"
         return {"dense": "dense", "random": "random", "scratch": "from scratch"}[self.kind]
 
 
@@ -74,8 +78,11 @@ class Cases:
         seeds: of the dense networks.
         dense: the dense networks.
         epochs: that the longest dense training took; 0 without one.
-        tickets: cases found by a criterion.
-        controls: random and from scratch.
+        tickets: cases of blocks found by a criterion.
+        controls: of blocks, random and from scratch.
+        kinds: cases of any structure found by a criterion.
+        others: cases of filters and weights, with their controls.
+        has_blocks: whether blocks are what the run is about, or nothing else is.
     """
 
     def __init__(self, record: RunRecord) -> None:
@@ -84,12 +91,16 @@ class Cases:
         for network in record.networks:
             self._networks.setdefault(network.case, []).append(network)
         self._verdicts = {verdict.case: verdict for verdict in record.verdicts}
-        self.dense = [network for network in record.networks if network.case.kind == "dense"]
+        self.dense = self.networks(DENSE)
         self.seeds = tuple(dict.fromkeys(network.seed for network in self.dense))
         self.epochs = max((len(network.epochs) for network in self.dense), default=0)
         known = dict.fromkeys((*self._networks, *self._verdicts))
-        self.tickets = tuple(case for case in known if case.kind == "ticket")
-        self.controls = tuple(case for case in known if case.kind in ("random", "scratch"))
+        of_blocks = [case for case in known if case.structure == "blocks"]
+        self.tickets = tuple(case for case in of_blocks if case.kind == "ticket")
+        self.controls = tuple(case for case in of_blocks if case.kind in ("random", "scratch"))
+        self.kinds = tuple(case for case in known if case.kind == "ticket")
+        self.others = tuple(case for case in known if case.structure != "blocks")
+        self.has_blocks = bool(self.tickets or self.controls or not self.others)
         criteria = dict.fromkeys(
             case.criterion for case in known if case.kind in ("ticket", "scratch")
         )
@@ -104,7 +115,7 @@ class Cases:
         return self._verdicts.get(case)
 
     def random_of(self, case: TicketCase) -> VerdictRecord | None:
-        """Return the verdict on as many blocks removed at random, trained like ``case``."""
+        """Return the verdict on as much removed at random, trained like ``case``."""
         return self.verdict(random_twin(case))
 
     def mean_accuracy(self, case: TicketCase) -> float:
@@ -152,5 +163,6 @@ def _choice(case: TicketCase) -> tuple[object, ...]:
     return (case.criterion, case.p, case.scored_at, case.schedule, case.early_bird)
 
 
-def _moment(step: Step) -> str:
+def moment_of(step: Step) -> str:
+    """Return a moment in words."""
     return "initialisation" if step == INITIALISATION else str(step)

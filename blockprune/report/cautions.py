@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blockprune.lottery.record import RunRecord
 from blockprune.report.cases import Cases
 
-__all__ = ["cautions"]
+__all__ = ["cautions", "listed"]
 
 FEW_SEEDS = 5
 WIDE = 2
 """Tolerances that dense networks may lie apart without a word."""
+
+MOST_NAMES = 8
+"""That one sentence lists."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names apart by semicolons, of many the first and how many more.
+
+    Example:
+        >>> from blockprune.report.cautions import listed
+        >>> listed(["a", "b"]), listed(["a"] * 9)[-10:]
+        ('a; b', 'and 1 more')
+    """
+    more = len(names) - MOST_NAMES
+    return "; ".join([*names[:MOST_NAMES], *([f"and {more} more"] if more > 0 else [])])
 
 
 def cautions(record: RunRecord) -> tuple[str, ...]:
@@ -65,7 +82,7 @@ def _on_absent_networks(cases: Cases) -> str:
     ]
     if not short:
         return ""
-    return f"Not every seed could be compared with its dense network: {'; '.join(short)}."
+    return f"Not every seed could be compared with its dense network: {listed(short)}."
 
 
 def _on_equal_seeds(record: RunRecord) -> str:
@@ -78,7 +95,7 @@ def _on_equal_seeds(record: RunRecord) -> str:
         return ""
     return (
         "An interval without width does not mean certainty: of few seeds on a test set of few "
-        f"images, all differences happened to be the same ({'; '.join(flat)})."
+        f"images, all differences happened to be the same ({listed(flat)})."
     )
 
 
@@ -104,6 +121,11 @@ def _on_many_cases(record: RunRecord) -> str:
 
 
 def _on_unmeasured(record: RunRecord) -> str:
-    if any(network.latency_ms is None for network in record.networks):
+    cases = Cases(record)
+    shown = (
+        *cases.dense,
+        *(n for c in (*cases.tickets, *cases.controls) for n in cases.networks(c)),
+    )
+    if cases.has_blocks and any(network.latency_ms is None for network in shown):
         return "Latency was not measured for every network; the cost shown is in MACs."
     return ""

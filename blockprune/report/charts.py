@@ -76,7 +76,8 @@ def _draw_line(
 
 def cost_chart(cases: Cases) -> tuple[Figure, str]:
     """Return accuracy against latency, or MACs where it was not measured; and which it is."""
-    networks = cases.record.networks
+    trained = [*_dense_case(cases), *cases.tickets, *cases.controls]
+    networks = [network for case in trained for network in cases.networks(case)]
     is_timed = bool(networks) and all(network.latency_ms is not None for network in networks)
     batch = cases.record.latency_batch
     unit = f"latency of a batch of {batch}, ms" if is_timed else "million MACs of one sample"
@@ -84,7 +85,6 @@ def cost_chart(cases: Cases) -> tuple[Figure, str]:
     def cost(network: NetworkRecord) -> float:
         return network.latency_ms or 0.0 if is_timed else network.macs / 1e6
 
-    trained = [*_dense_case(cases), *cases.tickets, *cases.controls]
     points = {
         case: (_mean(map(cost, found)), cases.mean_accuracy(case))
         for case in trained

@@ -5,25 +5,43 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
+from itertools import product
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from blockprune.lottery.record import RunRecord, TicketCase, Verdict, VerdictRecord
+from blockprune.lottery.record import NetworkRecord, RunRecord, TicketCase, Verdict, VerdictRecord
 from blockprune.report.cases import Cases
 from blockprune.report.cautions import cautions
 from blockprune.report.charts import cost_chart, curve_charts, depth_charts
+from blockprune.report.levels import levels_section
+from blockprune.report.masks import layers_section, overlap_section
 from blockprune.report.paper import paper_tables, set_up_of
 from blockprune.report.pictures import block_pictures, interval_picture, similarity_map
+from blockprune.report.record_csv import csv_tables
+from blockprune.report.robust import robustness_section
+from blockprune.report.sections import Section
+from blockprune.report.stability import stability_section
+from blockprune.report.structures import STRUCTURES, structures_section
 from blockprune.report.svg import Figure, Span, span_of
 
-__all__ = ["page_html"]
+__all__ = ["counts_of", "environment", "model_name", "page_html", "resource"]
 
 VERDICTS: tuple[Verdict, ...] = ("wins", "ties", "loses", "not enough seeds")
+
+SECTIONS: tuple[Callable[[Cases], Section | None], ...] = (
+    structures_section,
+    levels_section,
+    layers_section,
+    overlap_section,
+    stability_section,
+    robustness_section,
+)
+"""Those that a run has only where it found what they show."""
 
 MAPS_IN_SIGHT = 4
 """Similarity maps shown at once; the others open on demand."""
@@ -36,15 +54,15 @@ def page_html(record: RunRecord) -> str:
     nothing at all.
     """
     cases = Cases(record)
-    page = _environment().from_string(_resource("page.html.jinja"))
+    page = environment().get_template("page.html.jinja")
     cost, cost_unit = cost_chart(cases)
     return page.render(
         record=record,
-        style=Markup(_resource("page.css")),
-        model=_model_name(record),
+        style=Markup(resource("page.css")),
+        model=model_name(record),
         cases=cases,
         dense=_dense_summary(cases),
-        counts=_counts(record),
+        counts=counts_of(record),
         cautions=cautions(record),
         groups=_verdict_groups(cases),
         set_up=set_up_of(record),
@@ -53,6 +71,9 @@ def page_html(record: RunRecord) -> str:
         cost=cost,
         cost_unit=cost_unit,
         blocks=block_pictures(cases),
+        sections=[section for make in SECTIONS if (section := make(cases))],
+        has_similarity=bool(cases.has_blocks or record.similarities),
+        files=["results.json", *csv_tables(record)],
         alike=_alike(record),
         maps=_maps(cases),
         maps_in_sight=MAPS_IN_SIGHT,
@@ -61,8 +82,10 @@ def page_html(record: RunRecord) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return what turns the templates of this package into pages; all text is escaped."""
     environment = Environment(
+        loader=FunctionLoader(resource),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -75,12 +98,14 @@ def _environment() -> Environment:
         "interval": _interval,
         "percent": lambda share: f"{100 * share:.2f}",
         "grouped": lambda value: f"{value:,}",
+        "lost": _lost,
         "slug": lambda verdict: str(verdict).replace(" ", "-"),
     }
     return environment
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return the text of a file of this package."""
     return resources.files("blockprune.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -100,7 +125,20 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return "no interval" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
-def _model_name(record: RunRecord) -> str:
+def _lost(network: NetworkRecord) -> str:
+    """Return what a network lacks."""
+    words = [*network.removed]
+    if network.narrowed:
+        layers = ", ".join(f"{name}: {count}" for name, count in network.narrowed.items())
+        words.append(f"{sum(network.narrowed.values())} filters ({layers})")
+    if network.weights_left is not None and network.weights_total is not None:
+        gone = network.weights_total - network.weights_left
+        words.append(f"{gone:,} of {network.weights_total:,} weights")
+    return " ".join(words)
+
+
+def model_name(record: RunRecord) -> str:
+    """Return what the spec calls the network."""
     model: Any = record.spec.get("model", "the dense network")
     name = model.get("name", "the dense network") if isinstance(model, dict) else model
     return str(name)
@@ -129,15 +167,26 @@ def _dense_summary(cases: Cases) -> _Dense | None:
     return _Dense(mean, seeds, first.blocks, first.params, first.macs)
 
 
-def _counts(record: RunRecord) -> dict[str, dict[str, int]]:
+def counts_of(record: RunRecord) -> dict[str, dict[str, int]]:
     """Return, for tickets and each control, how many cases got each verdict."""
-    names = {"ticket": "tickets", "random": "random blocks", "scratch": "from scratch"}
     counts: dict[str, dict[str, int]] = {}
-    for kind, name in names.items():
-        found = Counter(v.verdict for v in record.verdicts if v.case.kind == kind)
+    for kind, structure in product(("ticket", "random", "scratch"), STRUCTURES):
+        found = Counter(
+            v.verdict
+            for v in record.verdicts
+            if (v.case.kind, v.case.structure) == (kind, structure)
+        )
         if found:
+            name = _kind_name(kind, structure)
             counts[name] = {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
     return counts
+
+
+def _kind_name(kind: str, structure: str) -> str:
+    if kind == "random":
+        return f"random {structure}"
+    name = "tickets" if kind == "ticket" else "from scratch"
+    return name if structure == "blocks" else f"{name}, {structure}"
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -156,7 +205,8 @@ class _VerdictRow:
 def _verdict_groups(cases: Cases) -> tuple[tuple[str, tuple[_VerdictRow, ...]], ...]:
     """Return the verdicts on the tickets of each setting, and those on the controls."""
     record = cases.record
-    seeds = [d for verdict in record.verdicts for d in verdict.differences.values()]
+    of_blocks = [verdict for verdict in record.verdicts if verdict.case.structure == "blocks"]
+    seeds = [d for verdict in of_blocks for d in verdict.differences.values()]
     span = span_of([0, -record.xi_points, *seeds], margin=0.15)
     tickets: dict[str, list[TicketCase]] = {}
     for setting, members in cases.settings():

@@ -9,6 +9,7 @@ from itertools import groupby
 from blockprune.lottery.record import BlockRecord, NetworkRecord, SimilarityRecord, VerdictRecord
 from blockprune.lottery.steps import Step
 from blockprune.report.cases import INITIALISATION, Cases
+from blockprune.report.heat import MAP_CELL, depth_of, draw_heat, longest, shortened, write_below
 from blockprune.report.svg import WIDTH, Drawing, Figure, Span
 
 __all__ = ["block_pictures", "interval_picture", "similarity_map"]
@@ -16,15 +17,9 @@ __all__ = ["block_pictures", "interval_picture", "similarity_map"]
 CELL = 20
 LABELS = 44
 SCORES, STRIP, ROW = 72, 18, 18
-LONGEST_NAME = 15
-LETTER = 5.8
-"""Width of one of a name's letters."""
-
-NAME_ANGLE = -60
 DECADES = 30
 """Scores that span more than this factor are drawn by their logarithm, with their sign."""
 
-MAP_CELL = 19
 FOREST_WIDTH, FOREST_HEIGHT = 170, 26
 
 
@@ -46,13 +41,14 @@ def block_pictures(cases: Cases) -> tuple[Figure, ...]:
         cut = [
             network
             for network in record.networks
-            if network.case.kind == "ticket"
+            if (network.case.kind, network.case.structure) == ("ticket", "blocks")
             and (network.case.criterion, network.case.scored_at) == (criterion, moment)
         ]
         when = "initialisation" if moment == INITIALISATION else str(moment)
         title = f"{criterion}, scored at {when}"
         figures.append(_block_picture(record.blocks, title, _means(tables), _shares(cut)))
-    chance = [network for network in record.networks if network.case.kind == "random"]
+    controls = (n for n in record.networks if n.case.kind == "random")
+    chance = [network for network in controls if network.case.structure == "blocks"]
     if chance:
         figures.append(_block_picture(record.blocks, "random control", {}, _shares(chance)))
     return tuple(figures)
@@ -89,7 +85,7 @@ def _block_picture(
     foot = top + STRIP + ROW * len(shares)
     names = [block.name for block in blocks]
     width = max(WIDTH, LABELS + CELL * len(blocks) + 8)
-    drawing = Drawing(f"Blocks, {title}", width, foot + _depth_of(names))
+    drawing = Drawing(f"Blocks, {title}", width, foot + depth_of(names))
     if scores:
         _draw_scores(drawing, blocks, scores)
     _draw_stages(drawing, blocks, top)
@@ -100,7 +96,7 @@ def _block_picture(
             _draw_cell(drawing, block, LABELS + CELL * place, y, gone.get(block.name, 0.0), label)
     for place, block in enumerate(blocks):
         css = "tick end" if block.removable else "tick end faint"
-        _write_below(drawing, LABELS + CELL * (place + 0.5), foot, block.name, css)
+        write_below(drawing, LABELS + CELL * (place + 0.5), foot, block.name, css)
     return Figure(title, drawing.svg(), width=width)
 
 
@@ -181,23 +177,6 @@ def _draw_cell(
         draw("cut", said, share)
 
 
-def _write_below(drawing: Drawing, x: float, foot: float, name: str, css: str) -> None:
-    drawing.text(x + 4, foot + 10, _shortened(name), css, turned=NAME_ANGLE)
-
-
-def _depth_of(names: Iterable[str]) -> int:
-    """Return the height that turned names take."""
-    return 16 + round(_longest(names) * abs(math.sin(math.radians(NAME_ANGLE))))
-
-
-def _longest(names: Iterable[str]) -> float:
-    return LETTER * max((len(_shortened(name)) for name in names), default=0)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
-
-
 # --- similarity -----------------------------------------------------------------------------------
 
 
@@ -205,31 +184,20 @@ def similarity_map(similarity: SimilarityRecord, removed: Iterable[str]) -> Figu
     """Return the CKA of each block of the dense network with each of another, in hundredths."""
     gone = set(removed)
     rows, columns = similarity.rows, similarity.columns
-    left, foot = 8 + round(_longest(rows)), 4 + MAP_CELL * len(rows)
+    left, foot = 8 + round(longest(rows)), 4 + MAP_CELL * len(rows)
     width = max(WIDTH, left + MAP_CELL * len(columns) + 6)
     title = f"{similarity.case.label()}, seed {similarity.seed}"
-    drawing = Drawing(f"CKA, {title}", width, foot + _depth_of(columns))
+    drawing = Drawing(f"CKA, {title}", width, foot + depth_of(columns))
     for row, (name, values) in enumerate(zip(rows, similarity.values, strict=True)):
         y = 4 + MAP_CELL * row
         css = "tick end lost" if name in gone else "tick end"
-        drawing.text(left - 5, y + 13, _shortened(name), css)
+        drawing.text(left - 5, y + 13, shortened(name), css)
         for column, value in enumerate(values):
             said = f"dense {name}, other {columns[column]}: {value:.3f}"
-            _draw_heat(drawing, left + MAP_CELL * column, y, value, said)
+            draw_heat(drawing, left + MAP_CELL * column, y, value, said)
     for column, name in enumerate(columns):
-        _write_below(drawing, left + MAP_CELL * (column + 0.5), foot, name, "tick end")
+        write_below(drawing, left + MAP_CELL * (column + 0.5), foot, name, "tick end")
     return Figure(title, drawing.svg(), width=width)
-
-
-def _draw_heat(drawing: Drawing, x: float, y: float, value: float, said: str) -> None:
-    place = {"x": f"{x}", "y": f"{y}", "width": f"{MAP_CELL - 1}", "height": f"{MAP_CELL - 1}"}
-    if not math.isfinite(value):
-        drawing.add_shape("rect", "cell", place, said)
-        return
-    shade = {"fill-opacity": f"{min(max(value, 0.0), 1.0):.2f}"}
-    drawing.add_shape("rect", "heat", place | shade, said)
-    css = "value deep middle" if value > 0.55 else "value middle"
-    drawing.text(x + MAP_CELL / 2, y + 12.5, f"{round(100 * value)}", css)
 
 
 # --- verdicts -------------------------------------------------------------------------------------

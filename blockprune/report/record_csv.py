@@ -1,4 +1,4 @@
-"""A run as three plain tables: its networks, its verdicts, its scores.
+"""A run as plain tables: its networks, its verdicts, its scores, and what else it has.
 
 Numbers are written in full, so that reading them back gives the same; a cell is empty where there
 is nothing to say. A moment of training is two columns, whole epochs and iterations of the next.
@@ -6,36 +6,42 @@ is nothing to say. A moment of training is two columns, whole epochs and iterati
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from blockprune.lottery.record import NetworkRecord, RunRecord, TicketCase, VerdictRecord
-from blockprune.lottery.steps import Step
+from blockprune.lottery.record import NetworkRecord, RunRecord, VerdictRecord
+from blockprune.report.analyses_csv import analyses_csv
+from blockprune.report.csv_rows import Row, case_row, csv_of, step_row
 
-__all__ = ["networks_csv", "scores_csv", "verdicts_csv"]
+__all__ = ["csv_tables", "networks_csv", "scores_csv", "verdicts_csv"]
 
-Row = dict[str, Any]
+
+def csv_tables(record: RunRecord) -> dict[str, str]:
+    """Return each table by the name of its file; those on what a run did not look at are absent."""
+    always = {
+        "networks.csv": networks_csv(record),
+        "verdicts.csv": verdicts_csv(record),
+        "scores.csv": scores_csv(record),
+    }
+    return always | {name: text for name, text in analyses_csv(record).items() if text}
 
 
 def networks_csv(record: RunRecord) -> str:
-    """Return one line for each trained network; removed blocks are apart by semicolons."""
-    return _csv(_network(network) for network in record.networks)
+    """Return one line for each trained network; names in one cell are apart by semicolons."""
+    return csv_of(_network(network) for network in record.networks)
 
 
 def verdicts_csv(record: RunRecord) -> str:
     """Return one line for each case, with two columns for each seed of the run."""
     seeds = sorted({seed for verdict in record.verdicts for seed in verdict.differences})
-    return _csv(_verdict(verdict, seeds) for verdict in record.verdicts)
+    return csv_of(_verdict(verdict, seeds) for verdict in record.verdicts)
 
 
 def scores_csv(record: RunRecord) -> str:
     """Return one line for each block under each criterion at each moment, for each seed."""
-    return _csv(
+    return csv_of(
         {
             "criterion": table.criterion,
-            **_step("scored_at", table.scored_at),
+            **step_row("scored_at", table.scored_at),
             "seed": table.seed,
             "block": block,
             "score": score,
@@ -47,12 +53,16 @@ def scores_csv(record: RunRecord) -> str:
 
 def _network(network: NetworkRecord) -> Row:
     return {
-        **_case(network.case),
+        **case_row(network.case),
         "seed": network.seed,
         "removed": ";".join(network.removed),
         "blocks": network.blocks,
         "params": network.params,
         "macs": network.macs,
+        "filters": network.filters,
+        "narrowed": ";".join(f"{name}={gone}" for name, gone in network.narrowed.items()),
+        "weights_left": network.weights_left,
+        "weights_total": network.weights_total,
         "accuracy": network.accuracy,
         "loss": network.loss,
         "epochs": len(network.epochs),
@@ -65,7 +75,7 @@ def _network(network: NetworkRecord) -> Row:
 
 def _verdict(verdict: VerdictRecord, seeds: Iterable[int]) -> Row:
     row = {
-        **_case(verdict.case),
+        **case_row(verdict.case),
         "verdict": verdict.verdict,
         "mean_points": verdict.mean,
         **_interval("interval", verdict.interval),
@@ -78,37 +88,6 @@ def _verdict(verdict: VerdictRecord, seeds: Iterable[int]) -> Row:
     return row
 
 
-def _case(case: TicketCase) -> Row:
-    return {
-        "kind": case.kind,
-        "criterion": case.criterion,
-        "p": case.p,
-        **_step("scored_at", case.scored_at),
-        "weights": case.weights,
-        **_step("rewound_to", case.rewound_to),
-        "schedule": case.schedule,
-        "early_bird": case.early_bird,
-    }
-
-
-def _step(name: str, step: Step | None) -> Row:
-    return {
-        f"{name}_epoch": None if step is None else step.epoch,
-        f"{name}_iteration": None if step is None else step.iteration,
-    }
-
-
 def _interval(name: str, interval: tuple[float, float] | None) -> Row:
     low, high = interval or (None, None)
     return {f"{name}_low": low, f"{name}_high": high}
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(text, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
-    return text.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from blockprune.errors import BlockpruneError
 from blockprune.lottery.record import RECORD_VERSION, RunRecord
 from blockprune.report.page import page_html
-from blockprune.report.record_csv import networks_csv, scores_csv, verdicts_csv
+from blockprune.report.record_csv import csv_tables
 
 __all__ = ["RESULTS", "read_run", "write_run_report"]
 
@@ -26,13 +27,14 @@ def read_run(run: Path) -> RunRecord:
     Raises:
         BlockpruneError: there is no such file, or it does not hold a run of the lottery.
     """
-    file = run / RESULTS if run.is_dir() else run
+    file = run / RESULTS if os.path.isdir(run) else run
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        if not run.exists():
+    # A name with a null byte, and text that is no UTF-8, are ValueErrors.
+    except (OSError, ValueError) as error:
+        if not os.path.exists(run):
             found = f"{run} does not exist"
-        elif run.is_dir() and not file.exists():
+        elif run.is_dir() and not os.path.exists(file):
             found = f"{run} holds no {RESULTS}, which a run writes when it ends"
         else:
             found = f"{file} cannot be read: {error}"
@@ -49,14 +51,13 @@ def write_run_report(record: RunRecord, folder: Path) -> tuple[str, ...]:
     """Write the report of a run into ``folder``; return the names of the files.
 
     ``report.html`` is one page that needs no other file and no network; ``results.json`` is what it
-    was made from, ``networks.csv``, ``verdicts.csv`` and ``scores.csv`` are the same as tables.
+    was made from, ``networks.csv``, ``verdicts.csv``, ``scores.csv`` and, where the run has what
+    they hold, ``masks.csv`` and others are the same as tables.
     """
     files = {
         "report.html": page_html(record),
         RESULTS: record.to_json(),
-        "networks.csv": networks_csv(record),
-        "verdicts.csv": verdicts_csv(record),
-        "scores.csv": scores_csv(record),
+        **csv_tables(record),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
@@ -66,6 +67,9 @@ def write_run_report(record: RunRecord, folder: Path) -> tuple[str, ...]:
 def _why(text: str, error: ValidationError) -> str:
     try:
         values = json.loads(text)
+    # So deep as to exhaust the parser: no run writes that.
+    except RecursionError:
+        return "its values are nested too deeply."
     except ValueError:
         return "it is not whole JSON. Run the lottery again: it goes on where it stopped."
     if not isinstance(values, dict):

@@ -20,6 +20,9 @@ WIDTH, HEIGHT = 360, 236
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 
+MOST_DECADES = 3
+"""That have ticks between powers of ten."""
+
 Span = tuple[float, float]
 
 
@@ -100,7 +103,7 @@ class Drawing:
 
 
 class Plot(Drawing):
-    """A frame with axes; places are given in the units of the data."""
+    """A frame with axes; places are given in the units of the data, on a logarithmic axis too."""
 
     def __init__(
         self,
@@ -112,9 +115,11 @@ class Plot(Drawing):
         y_title: str,
         whole_x: bool = False,
         falling_x: bool = False,
+        log_x: bool = False,
     ) -> None:
         super().__init__(label)
-        self._x, self._y, self._falling_x = x, y, falling_x
+        self._x, self._y = _opened(x), _opened(y)
+        self._falling_x, self._log_x = falling_x, log_x
         self.add(
             "rect",
             "frame",
@@ -126,7 +131,7 @@ class Plot(Drawing):
         for tick in _ticks(y, 5):
             self.add("line", "grid", x1=LEFT, x2=WIDTH - RIGHT, y1=self.y(tick), y2=self.y(tick))
             self.text(LEFT - 6, self.y(tick) + 4, _written(tick), "tick end")
-        for tick in _ticks(x, 6, whole=whole_x):
+        for tick in _decades(x) if log_x else _ticks(x, 6, whole=whole_x):
             self.add("line", "grid", x1=self.x(tick), x2=self.x(tick), y1=TOP, y2=HEIGHT - BOTTOM)
             self.text(self.x(tick), HEIGHT - BOTTOM + 15, _written(tick), "tick middle")
         self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_title, "title middle")
@@ -134,7 +139,8 @@ class Plot(Drawing):
 
     def x(self, value: float) -> float:
         """Return where ``value`` lies from left to right."""
-        share = (value - self._x[0]) / (self._x[1] - self._x[0])
+        low, high, place = map(math.log, (*self._x, value)) if self._log_x else (*self._x, value)
+        share = (place - low) / (high - low)
         return LEFT + (WIDTH - LEFT - RIGHT) * (1 - share if self._falling_x else share)
 
     def y(self, value: float) -> float:
@@ -210,6 +216,14 @@ def _ticks(span: Span, most: int, *, whole: bool = False) -> list[float]:
     return [tick for tick in inside if span[0] <= tick <= span[1] and (not whole or tick % 1 == 0)]
 
 
+def _decades(span: Span) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten within a positive span; of a long one, powers alone."""
+    first, last = math.floor(math.log10(span[0])), math.ceil(math.log10(span[1]))
+    digits = (1, 2, 5) if last - first <= MOST_DECADES else (1,)
+    found = (digit * 10.0**power for power in range(first, last + 1) for digit in digits)
+    return [tick for tick in found if span[0] <= tick <= span[1]]
+
+
 def _written(tick: float) -> str:
     rounded = round(tick, 10) + 0.0
     if abs(rounded) >= 1e4:
@@ -219,3 +233,9 @@ def _written(tick: float) -> str:
             if abs(rounded) >= size
         )
     return f"{rounded:.4g}"
+
+
+def _opened(span: Span) -> Span:
+    """Return a span whose ends differ, as those of huge numbers may not once rounded."""
+    low, high = span
+    return span if high > low else (low, low + max(abs(low) * 1e-6, 1.0))
