@@ -8,26 +8,53 @@ traced again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockprune.blocks import find_blocks
-from blockprune.errors import PlanError, TicketError
+from blockprune.errors import TicketError
 from blockprune.plan import PruningPlan
 from blockprune.surgery import cut_blocks, record_of
-from blockprune.tracing import Call, TensorFact
+from blockprune.tracing import Call, TensorFact, tensors_in
 
 __all__ = ["load_ticket", "plan_of", "save_ticket"]
 
-_FORMAT = "blockprune-ticket-1"
+_FORMAT: Final = "blockprune-ticket-1"
+
+_KEY: Final = "blockprune"
+
+_MOST_INPUT_NUMBERS: Final = 2**28
+"""In all example inputs of a file together, 1 GiB of float32: a few bytes may ask for any size."""
+
+_LONGEST_PROBLEM: Final = 200
+
+
+class _Kind(BaseModel):
+    """What every version of the header has."""
+
+    format: str
+
+
+class _Header(_Kind):
+    """What a file says of a ticket; `call` as `_encode` writes it."""
+
+    model_config = ConfigDict(strict=True)
+
+    plan: PruningPlan
+    call: dict[Literal["args", "kwargs"], dict[str, Any]]
+    preserve_root: bool
+    aliases: dict[str, str]
+    # Files of before have no such entry.
+    leaf_modules: tuple[str, ...] = ()
 
 
 def plan_of(ticket: nn.Module) -> PruningPlan:
@@ -58,8 +85,8 @@ def save_ticket(
         overwrite: replace a file that exists.
 
     Raises:
-        TicketError: not a ticket, the file exists, its folder does not, or the ticket was cut with
-            arguments that JSON cannot hold.
+        TicketError: not a ticket, the file exists, its folder does not, the disk is full, or the
+            ticket was cut with arguments that JSON cannot hold.
 
     Example:
         >>> import tempfile, torch, blockprune
@@ -75,13 +102,17 @@ def save_ticket(
     record = record_of(ticket)
     assert record is not None
     target = Path(path)
-    if target.exists() and not overwrite:
+    if os.path.exists(target) and not overwrite:
         raise TicketError(
             f"{target} exists already. Pass overwrite=True (--force on the command line), or "
             "another path."
         )
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise TicketError(f"cannot write {target}: the folder {target.parent} does not exist.")
+    try:
+        _check_size(record.call)
+    except ValueError as error:
+        raise TicketError(f"cannot write {target}: {error}. Cut it with fewer samples.") from error
     tensors, aliases = _distinct(ticket.state_dict())
     header = {
         "format": _FORMAT,
@@ -91,15 +122,22 @@ def save_ticket(
         "leaf_modules": list(record.leaf_modules),
         "aliases": aliases,
     }
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    temporary = None
     try:
-        save_file(tensors, temporary, metadata={"blockprune": json.dumps(header)})
+        # Not named after the target: a name as long as names can be has no room for more.
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".ticket-")
+        os.close(handle)
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        with open(temporary, "rb+") as file:
+            # Without this a power cut may keep the new name and lose what it names.
+            os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:
+    # A full disk is a SafetensorError where safetensors meets it; a null byte is a ValueError.
+    except (OSError, SafetensorError, ValueError) as error:
         raise TicketError(f"cannot write {target}: {error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def load_ticket(
@@ -117,27 +155,23 @@ def load_ticket(
         StalePlanError: it was cut from a model of another structure.
     """
     header, tensors = _read(Path(path))
-    try:
-        plan = PruningPlan.from_json(json.dumps(header["plan"]))
-        args, kwargs = _decode(header["call"]["args"]), _decode(header["call"]["kwargs"])
-        preserve_root, aliases = bool(header["preserve_root"]), dict(header["aliases"])
-        # Files of before have no such entry.
-        leaf_modules = [str(entry) for entry in header.get("leaf_modules", [])]
-    except (KeyError, TypeError, ValueError, PlanError, ValidationError) as error:
-        raise TicketError(f"{path} does not hold a valid ticket header: {error}") from error
-    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-        raise TicketError(f"{path} does not hold a valid ticket header: its call is malformed")
     device = next((p.device for p in dense_model.parameters()), torch.device("cpu"))
-    call = Call(args, kwargs).map(lambda fact: fact.example().to(device), TensorFact)
+    try:
+        call = _call_of(header).map(lambda fact: fact.example().to(device), TensorFact)
+    # Torch refuses sizes and types that no tensor can have by any of these.
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise TicketError(f"{path} does not hold a valid ticket header: {error}") from error
     analysis = find_blocks(
         dense_model,
         call,
-        plan.granularity,
-        preserve_root=preserve_root,
-        leaf_modules=leaf_modules,
+        header.plan.granularity,
+        preserve_root=header.preserve_root,
+        leaf_modules=header.leaf_modules,
     )
-    ticket = cut_blocks(dense_model, analysis, plan, verify=verify, preserve_root=preserve_root)
-    _fill(ticket, tensors, aliases, path)
+    ticket = cut_blocks(
+        dense_model, analysis, header.plan, verify=verify, preserve_root=header.preserve_root
+    )
+    _fill(ticket, tensors, header.aliases, path)
     return ticket
 
 
@@ -156,38 +190,66 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    if not os.path.isfile(path):
         raise TicketError(f"there is no ticket file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("blockprune")
+            text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise TicketError(f"{path} is not a readable safetensors file: {error}") from error
     if text is None:
         raise TicketError(f"{path} is a safetensors file, but not a ticket: it carries no plan.")
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise TicketError(f"{path} carries a plan that is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        found = header.get("format") if isinstance(header, dict) else type(header).__name__
+        found = _Kind.model_validate_json(text).format
+        if found != _FORMAT:
+            raise TicketError(
+                f"{path} has the ticket format {found[:40]!r}; this version reads {_FORMAT!r}."
+            )
+        return _Header.model_validate_json(text), tensors
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
         raise TicketError(
-            f"{path} has the ticket format {found!r}; this version reads {_FORMAT!r}."
+            f"{path} does not hold a valid ticket header: {f'{place}: ' if place else ''}"
+            f"{problem['msg']}"
+        ) from error
+
+
+def _call_of(header: _Header) -> Call:
+    """Return the example inputs; `ValueError` where they are none, or too large."""
+    args, kwargs = (_decode(header.call.get(part)) for part in ("args", "kwargs"))
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise ValueError("its call is malformed")
+    call = Call(args, kwargs)
+    _check_size(call)
+    return call
+
+
+def _check_size(call: Call) -> None:
+    """Raise `ValueError` where a call has more numbers than a file may ask for."""
+    facts = tensors_in((call.args, call.kwargs), TensorFact)
+    numbers = sum(math.prod(fact.shape) for fact in facts)
+    if numbers > _MOST_INPUT_NUMBERS:
+        raise ValueError(
+            f"its example inputs have more than {_MOST_INPUT_NUMBERS:,} numbers, the most that are "
+            "made for a file"
         )
-    return header, tensors
 
 
 def _fill(
     ticket: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], path: Any
 ) -> None:
     """Copy the weights in, after checking all of them."""
-    for name, first in aliases.items():
-        if first in tensors:
-            tensors[name] = tensors[first]
     state = ticket.state_dict()
-    problems = [f"{name} is missing" for name in state if name not in tensors]
+    problems = [
+        f"{name} stands for {first}"
+        for name, first in aliases.items()
+        if name in tensors or first not in tensors
+    ]
+    tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
+    problems += [f"{name} is missing" for name in state if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in state]
     problems += [
         f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype} in the file and "
@@ -198,7 +260,8 @@ def _fill(
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise TicketError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}.")
+        first_ones = "; ".join(problem[:_LONGEST_PROBLEM] for problem in problems[:3])
+        raise TicketError(f"{path} does not fit the model: {first_ones}{more}.")
     ticket.load_state_dict(tensors)
 
 
@@ -221,19 +284,23 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError("an example input is malformed")
     ((kind, content),) = value.items()
     if kind == "tensor":
         shape, name = content
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{str(shape)[:80]} is no shape")
         dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"unknown dtype {name!r}")
-        return TensorFact(tuple(int(size) for size in shape), dtype, torch.device("cpu"))
+            raise ValueError(f"unknown dtype {str(name)[:40]!r}")
+        return TensorFact(tuple(shape), dtype, torch.device("cpu"))
     if kind == "tuple":
         return tuple(_decode(item) for item in content)
     if kind == "list":
         return [_decode(item) for item in content]
-    if kind == "dict":
-        return {str(key): _decode(item) for key, item in content.items()}
+    if kind == "dict" and isinstance(content, dict):
+        return {key: _decode(item) for key, item in content.items()}
     if kind == "value" and (content is None or isinstance(content, bool | int | float | str)):
         return content
-    raise ValueError(f"unknown kind {kind!r} in the example inputs")
+    raise ValueError(f"unknown kind {kind[:40]!r} in the example inputs")

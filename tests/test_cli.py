@@ -689,7 +689,7 @@ def test_what_cannot_be_planned_is_said(cli: Cli, model: str, budget: str, messa
         ("--input-shape", "1,3,0,0"),
         ("--input-shape", "big"),
         ("--granularity", "stage"),
-        ("--data", "imagenet"),
+        ("--data", "imagenette"),
         ("--seed", "-1"),
         ("--min-blocks-per-stage", "-1"),
     ],

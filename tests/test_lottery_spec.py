@@ -85,7 +85,7 @@ class TestReading:
             ({"p": [1, 1]}, "p has an entry twice"),
             ({"criteria": []}, "criteria is an empty list"),
             ({"criteria": "random"}, "is a control"),
-            ({"seeds": 0}, "at least 1 replicate"),
+            ({"seeds": 0}, "1 to 10000 replicates can run, not 0"),
             ({"seeds": [1, 1]}, "each once"),
             ({"seeds": [2**32]}, "a seed lies in 0 .."),
             ({"recipe": {"epochs": 8, "seed": 1}}, "recipe.seed has no place here"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +55,13 @@ class Data(StrEnum):
     """Where the batch that a criterion scores on comes from."""
 
     random = "random"
+    # As blockprune.data.DATASETS has them, which takes torch to import.
     digits = "digits"
+    mnist = "mnist"
     cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    tiny_imagenet = "tiny-imagenet"
+    imagenet = "imagenet"
 
 
 class NumberFormat(StrEnum):
@@ -110,22 +117,29 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"blockprune {version('blockprune')}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --version: all that a bug report needs.")
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+    if version and verbose:
+        from blockprune.cli.doctor import print_versions
+
+        print_versions()
+        raise typer.Exit
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"blockprune {version_of('blockprune')}")
+        raise typer.Exit
+    if verbose:
+        raise typer.BadParameter("--verbose goes with --version.")
+    if context.invoked_subcommand is None:
+        context.fail("Missing command.")
 
 
 Model = Annotated[
@@ -171,7 +185,9 @@ Criterion = Annotated[
 DataOption = Annotated[
     Data, typer.Option(help="The batch to score on; random says nothing about a trained net.")
 ]
-DataRoot = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder that holds CIFAR-10.")]
+DataRoot = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="The folder that holds the files of --data.")
+]
 Seed = Annotated[
     int,
     typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of random weights, inputs and criteria."),
@@ -473,6 +489,14 @@ def criteria(as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """Try every part of the installation, each extra too; say what works here."""
+    from blockprune.cli.doctor import run
+
+    raise typer.Exit(run(as_json=as_json))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path(
         "blockprune-demo"
@@ -543,4 +567,11 @@ def lottery_run(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    from blockprune.cli.signals import sigterm_as_interrupt
+
+    for stream in (sys.stdout, sys.stderr):
+        # A path in letters that a terminal lacks is printed in escapes, not a reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with sigterm_as_interrupt():
+        app()

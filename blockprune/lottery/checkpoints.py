@@ -33,6 +33,9 @@ __all__ = ["FINAL", "Trainer", "state_file"]
 FINAL: Final = "final.safetensors"
 """The file of the state at the end."""
 
+# What reading a damaged checkpoint can end in; JSON nested too deeply is a RecursionError.
+DAMAGES: Final = (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError)
+
 Figures = dict[str, Any]
 """The figures of one epoch, as `blockprune.lottery.training.EpochRecord` has them."""
 
@@ -169,13 +172,13 @@ class Trainer:
             try:
                 state = load_state(checkpoint / "state.safetensors")
                 told = json.loads((checkpoint / "epochs.json").read_text(encoding="utf-8"))
-                if _digest(told["epochs"]) != told["digest"]:
+                if _digest(str(told["epochs"])) != told["digest"]:
                     raise CheckpointError("epochs.json has changed")
                 for step in kept:
                     if _order(step) <= _order(state.step):
                         load_state(self.unfinished / state_file(step))
                 return state, json.loads(told["epochs"])
-            except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+            except DAMAGES as error:
                 self.notes.append(
                     f"A checkpoint of {self.name} was damaged ({error}); its training began anew."
                 )

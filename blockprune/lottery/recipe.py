@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["PAPER_RECIPE", "Recipe"]
 
+MOST_EPOCHS = 100_000
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -37,7 +39,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(ge=1, description="Passes over the training data.")
+    epochs: int = Field(ge=1, le=MOST_EPOCHS, description="Passes over the training data.")
     lr: Positive = Field(default=0.01, description="Highest learning rate.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Of the velocity.")
     nesterov: bool = Field(default=True, description="Look ahead along the velocity.")

@@ -52,6 +52,9 @@ __all__ = [
 HIGHEST_SEED = 2**31 - 1
 """Above it lie the seeds of new weights, see `blockprune.lottery.work`."""
 
+MOST_SEEDS = 10_000
+MOST_LEVELS = 1_000
+
 Schedule = Literal["one-shot", "iterative"]
 Scope = Literal["global", "layers"]
 
@@ -140,7 +143,7 @@ class Levels(_Table):
     importances: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
         description="What ranks the weights: names of blockprune.sparsity.IMPORTANCES."
     )
-    count: Count = Field(default=10, description="Rounds of pruning.")
+    count: int = Field(default=10, ge=1, le=MOST_LEVELS, description="Rounds of pruning.")
     share: float = Field(
         default=0.2, gt=0, lt=1, description="Of the remaining weights, that each round prunes."
     )
@@ -370,8 +373,8 @@ class Spec(_Table):
     @classmethod
     def _usable_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if isinstance(seeds, int):
-            if seeds < 1:
-                raise ValueError(f"at least 1 replicate is needed, not {seeds}")
+            if not 1 <= seeds <= MOST_SEEDS:
+                raise ValueError(f"1 to {MOST_SEEDS} replicates can run, not {seeds}")
         elif not seeds or len(set(seeds)) < len(seeds):
             raise ValueError("a list of seeds names at least one, and each once")
         elif not all(0 <= seed <= HIGHEST_SEED for seed in seeds):
@@ -502,7 +505,8 @@ def table_in(file: Path) -> dict[str, Any]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    # A name with a null byte is a ValueError.
+    except (OSError, ValueError) as error:
         raise SpecError(f"The spec {file} cannot be read: {error}") from error
     try:
         table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -27,12 +27,30 @@ __all__ = ["Output", "RunError", "Stage", "StageStore", "write_whole"]
 
 _FORMAT: Final = "blockprune-stage-1"
 _MANIFEST: Final = "manifest.json"
+_OUTPUT: Final = "output.json"
+_TIMES: Final = "times.json"
 _NEW: Final = ".new-"
 _SHOWN_DIGITS: Final = 16
 
 
 class RunError(BlockpruneError, RuntimeError):
     """A run cannot start, or cannot be written down."""
+
+
+class _Damage(Exception):
+    """An output is not what its stage left; the message says what has changed."""
+
+
+# What reading a damaged output can end in; JSON nested too deeply is a RecursionError.
+_DAMAGES: Final = (
+    _Damage,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +103,12 @@ class Output:
     @classmethod
     def in_folder(cls, folder: Path) -> Self:
         """Return the output that was written to a directory."""
-        told = json.loads((folder / "output.json").read_text(encoding="utf-8"))
-        times = json.loads((folder / "times.json").read_text(encoding="utf-8"))
-        return cls(folder, told["found"], times, tuple(told["notes"]))
+        told = json.loads((folder / _OUTPUT).read_text(encoding="utf-8"))
+        times = json.loads((folder / _TIMES).read_text(encoding="utf-8"))
+        found, notes = told["found"], told["notes"]
+        if not isinstance(found, dict) or not isinstance(times, dict) or not _are_texts(notes):
+            raise _Damage(f"{_OUTPUT} or {_TIMES} is malformed")
+        return cls(folder, found, times, tuple(notes))
 
 
 class StageStore:
@@ -114,7 +135,8 @@ class StageStore:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        # A name with a null byte is a ValueError.
+        except (OSError, ValueError) as error:
             raise RunError(f"{folder} cannot be written to: {error}") from error
 
     def path(self, stage: Stage) -> Path:
@@ -133,12 +155,22 @@ class StageStore:
         folder = self.path(stage)
         if not folder.is_dir():
             return None
-        damage = _damage(folder, stage)
-        if damage is None:
+        try:
+            _check(folder, stage)
             return Output.in_folder(folder)
+        except _DAMAGES as error:
+            damage = (
+                str(error) if isinstance(error, _Damage) else f"{type(error).__name__}: {error}"
+            )
         if on_damage is not None:
             on_damage(f"{stage.folder} was damaged ({damage}), and was made again.")
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise RunError(
+                f"{folder} is damaged and cannot be removed: {error}. Remove it, or give another "
+                "--out."
+            ) from error
         return None
 
     def write(
@@ -156,8 +188,8 @@ class StageStore:
         new = Path(tempfile.mkdtemp(prefix=f"{_NEW}{stage.folder}-", dir=self.folder))
         try:
             found, times, notes = make(new)
-            _write_json(new / "output.json", {"found": found, "notes": list(notes)})
-            _write_json(new / "times.json", times)
+            _write_json(new / _OUTPUT, {"found": found, "notes": list(notes)})
+            _write_json(new / _TIMES, times)
             files = {file.name: _digest(file) for file in sorted(new.iterdir())}
             manifest = {
                 "format": _FORMAT,
@@ -191,14 +223,19 @@ class StageStore:
         except ImportError:  # No such locks on this system.
             yield
             return
-        with (self.folder / ".lock").open("w") as file:
+        with ExitStack() as stack:
             try:
+                # To append: whatever stands under this name in a folder from elsewhere, a link
+                # too, keeps its content.
+                file = stack.enter_context((self.folder / ".lock").open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise RunError(
                     f"Another run is at work in {self.folder.parent}: wait for it, or give another "
                     "--out."
                 ) from error
+            except OSError as error:
+                raise RunError(f"{self.folder} cannot be written to: {error}") from error
             yield
 
     def _put(self, new: Path, place: Path) -> None:
@@ -229,18 +266,25 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _damage(folder: Path, stage: Stage) -> str | None:
-    """Return what is wrong with an output, None where nothing is."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT or manifest["key"] != stage.key:
-            return "its manifest is of another stage"
-        for name, digest in manifest["files"].items():
-            if _digest(folder / name) != digest:
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def _check(folder: Path, stage: Stage) -> None:
+    """Raise one of `_DAMAGES` where an output is not what its manifest says."""
+    # By name in the folder, whatever the manifest names: nothing outside it is read.
+    there = {path.name: path for path in folder.iterdir()}
+    for name, path in there.items():
+        if path.is_symlink() or not path.is_file():
+            raise _Damage(f"{name} is no plain file")
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != _FORMAT or manifest["key"] != stage.key:
+        raise _Damage("its manifest is of another stage")
+    for name in (_OUTPUT, _TIMES, *manifest["files"]):
+        if name not in there:
+            raise _Damage(f"{name} is missing")
+        if _digest(there[name]) != manifest["files"][name]:
+            raise _Damage(f"{name} has changed")
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -120,7 +120,7 @@ def save_state(state: TrainingState, path: str | os.PathLike[str]) -> None:
         True
     """
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise CheckpointError(f"cannot write {target}: the folder {target.parent} does not exist.")
     temporary = None
     try:
@@ -149,7 +149,7 @@ def load_state(path: str | os.PathLike[str]) -> TrainingState:
         CheckpointError: the file is absent, cut short, damaged, or of another kind.
     """
     source = Path(path)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise CheckpointError(f"there is no checkpoint {source}.")
     text, tensors = _read(source)
     if text is None:

@@ -190,7 +190,7 @@ def checked_p(p: object) -> int | float:
         raise PlanError(
             f"p is a count of blocks (int) or a share of them (float in [0, 1]), not {p!r}."
         )
-    if math.isnan(p):
+    if isinstance(p, float) and math.isnan(p):
         raise PlanError("p is NaN; it is a count of blocks (int) or a share (float in [0, 1]).")
     if p < 0:
         raise PlanError(f"p={p} is negative; the least that can go is 0 blocks.")
@@ -214,12 +214,16 @@ def _checked_value(kind: str, value: object) -> int | float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise PlanError(f"{kind} is {takes}, not {value!r}.")
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
-    if math.isnan(number):
+    # Not asked of an int: one that no float can hold is a number all the same.
+    if isinstance(number, float) and math.isnan(number):
         raise PlanError(f"{kind} is NaN; it is {takes}.")
-    if number <= 0 or math.isinf(number):
+    if number <= 0 or number == math.inf:
         raise PlanError(f"{kind}={number} cannot be kept to; it is {takes}.")
     if kind == "max_latency_ms":
-        return float(number)
+        try:
+            return float(number)
+        except OverflowError as error:
+            raise PlanError(f"{kind} is above all floats; it is {takes}.") from error
     if isinstance(number, float) and number > 1:
         hint = f" For {UNITS[kind]}, pass the int {int(number)}." if number.is_integer() else ""
         raise PlanError(f"{kind}={number} is a float, so a share, and above 1.{hint}")
