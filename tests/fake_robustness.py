@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from blockprune.lottery.record import RunRecord, TicketCase
+from blockprune.lottery.record import RobustnessRecord, RunRecord
 from blockprune.robustness.record import (
     COMMON_CORRUPTIONS,
     AttackChoice,
@@ -26,22 +24,17 @@ EFFECTS = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the record of a run holds of one network."""
-
-    case: TicketCase
-    seed: int
-    result: RobustnessResult
-
-
 def robust_run(seeds: tuple[int, ...] = (0, 1, 2)) -> RunRecord:
     """Return a run whose networks differ by an effect, and by a hundredth of it from seed to seed.
 
     One network has a flag.
     """
     found = [
-        Measured(case, seed, result_of(effect, seed, flagged=(case, seed) == (chance(1), 1)))
+        RobustnessRecord(
+            case=case,
+            seed=seed,
+            result=result_of(effect, seed, flagged=(case, seed) == (chance(1), 1)),
+        )
         for case, effect in EFFECTS.items()
         for seed in seeds
     ]

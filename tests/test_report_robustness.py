@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from blockprune.lottery.record import RunRecord
+from blockprune.lottery.record import RobustnessRecord, RunRecord
 from blockprune.report import page_html, write_run_report
 from blockprune.report.cases import Cases
 from blockprune.report.robust import robustness_section
 from blockprune.report.sections import Part, Section, Table
 from tests.browser import CHROMIUM, Browser
-from tests.fake_robustness import EFFECTS, NAMES, Measured, error_of, result_of, robust_run
+from tests.fake_robustness import EFFECTS, NAMES, error_of, result_of, robust_run
 from tests.fake_run import DENSE, chance, fake_run, ticket
 
 SEEDS = (0, 1, 2)
@@ -34,7 +34,7 @@ def section_of(record: RunRecord) -> Section:
     return section
 
 
-def with_results(*found: Measured) -> RunRecord:
+def with_results(*found: RobustnessRecord) -> RunRecord:
     return fake_run().model_copy(update={"robustness": found})
 
 
@@ -77,7 +77,7 @@ class TestAnswer:
     )
     def test_it_hangs_on_the_tickets_alone(self, run: RunRecord, case: object, said: str) -> None:
         found = [
-            Measured(one, seed, result_of(EFFECTS[one], seed))
+            RobustnessRecord(case=one, seed=seed, result=result_of(EFFECTS[one], seed))
             for one in EFFECTS
             if one in (DENSE, case)
             for seed in SEEDS
@@ -89,7 +89,9 @@ class TestAnswer:
         assert "cannot be told by one seed" in answer
 
     def test_without_a_dense_network_nothing_is_compared(self) -> None:
-        alone = with_results(Measured(ticket("snip", 1), 0, result_of(0.0, 0)))
+        alone = with_results(
+            RobustnessRecord(case=ticket("snip", 1), seed=0, result=result_of(0.0, 0))
+        )
         section = section_of(alone)
         assert "Not compared" in section.parts[0].text[0]
         assert [table.title for table in section.parts[1].tables] == [

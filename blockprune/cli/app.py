@@ -524,10 +524,94 @@ def report(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write the report of a lottery run: one HTML page, and the tables behind it."""
+    """Write the report of a lottery run, or of each run in a folder: a page, and its tables."""
     from blockprune.cli.report import run as write
 
     write(run, out, force=force)
+
+
+@app.command()
+def robustness(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TICKET|RUN", help="A ticket's file, or the folder of a lottery run."
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Test images; of a RUN its own, of a TICKET digits."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The folder that holds the data.")
+    ] = None,
+    attacks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="fgsm, pgd, deepfool, autoattack (extra attacks); none."
+        ),
+    ] = "none",
+    corruptions: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Names; common (15), all (19) or none.")
+    ] = "common",
+    severities: Annotated[
+        str, typer.Option(metavar="N,...", help="Of each corruption.")
+    ] = "1,2,3,4,5",
+    corruption_files: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="In --data-dir, such as CIFAR-10-C; default: made."),
+    ] = None,
+    shift: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Another test set in --data-dir; repeatable."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Images attacked; default all.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1024, help="Worker processes, for a RUN.")
+    ] = 1,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Of a TICKET: its dense network.")
+    ] = None,
+    model_argument: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of MODEL's factory; repeatable."),
+    ] = None,
+    weights: Weights = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a TICKET's digits.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of a TICKET; default TICKET.robustness.json."),
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Measure accuracy on corrupted and shifted images, under attack, and calibration."""
+    from blockprune.cli.robustness import TicketSource, choice_of, of_run, of_ticket
+
+    choice = choice_of(
+        attacks,
+        corruptions,
+        severities,
+        corruption_files=corruption_files,
+        shifts=shift or (),
+        samples=samples,
+    )
+    if source.is_dir() or source.suffix == ".json":
+        raise typer.Exit(of_run(source, choice, data=data, data_dir=data_dir, jobs=jobs))
+    of_ticket(
+        TicketSource(source, model, tuple(model_argument or ()), weights),
+        choice,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        out=out,
+        force=force,
+        seed=seed,
+    )
 
 
 lottery = typer.Typer(

@@ -15,7 +15,7 @@ from blockprune.lottery.record import RunRecord, TicketCase, VerdictRecord
 from blockprune.lottery.running import Event, run
 from blockprune.lottery.suites import read_specs
 
-__all__ = ["run_command", "verdict_table"]
+__all__ = ["INTERRUPTED", "Bar", "run_command", "verdict_table"]
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
@@ -47,7 +47,7 @@ def run_command(spec_file: Path, out: Path, data_dir: Path | None, executor: str
     for spec in specs:
         folder = out if len(specs) == 1 else out / spec.name
         try:
-            with _Bar() as bar:
+            with Bar() as bar:
                 record = run(
                     spec,
                     folder,
@@ -103,7 +103,7 @@ def _accuracy(record: RunRecord, case: TicketCase) -> str:
     return f"{100 * sum(found) / len(found):.2f}" if found else "-"
 
 
-class _Bar:
+class Bar:
     """One bar over all stages, on stderr."""
 
     def __init__(self) -> None:

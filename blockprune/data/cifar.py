@@ -102,5 +102,11 @@ def _cifar(
         )
         test = published(root, train=False, transform=to_tensor(mean, deviation))
     return ImageData(
-        name=name, train=train, test=test, num_classes=num_classes, image_shape=(3, 32, 32)
+        name=name,
+        train=train,
+        test=test,
+        num_classes=num_classes,
+        image_shape=(3, 32, 32),
+        mean=mean,
+        deviation=deviation,
     )

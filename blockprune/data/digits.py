@@ -74,6 +74,8 @@ def load_digits(
         test=_tensors(normalised[test_rows], labels[test_rows], image_size),
         num_classes=10,
         image_shape=(1, image_size, image_size),
+        mean=(float(mean),),
+        deviation=(float(deviation),),
     )
 
 

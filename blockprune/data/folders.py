@@ -77,6 +77,8 @@ def load_tiny_imagenet(root: str | Path, *, augment: bool = True) -> ImageData:
         test=test,
         num_classes=len(train.classes),
         image_shape=(3, TINY_SIZE, TINY_SIZE),
+        mean=TINY_MEAN,
+        deviation=TINY_DEVIATION,
     )
 
 
@@ -130,6 +132,8 @@ def load_imagenet(root: str | Path, *, augment: bool = True) -> ImageData:
         test=test,
         num_classes=len(train.classes),
         image_shape=(3, CROP_SIZE, CROP_SIZE),
+        mean=MEAN,
+        deviation=DEVIATION,
     )
 
 

@@ -25,6 +25,9 @@ class ImageData:
         test: the same, for evaluation only.
         num_classes: labels run from 0 to ``num_classes - 1``.
         image_shape: ``(channels, height, width)`` of one image.
+        mean: what images have been normalised by: ``(pixel - mean) / deviation`` of pixels in
+            [0, 1], a number for each channel, or one for all.
+        deviation: likewise.
     """
 
     name: str
@@ -32,6 +35,8 @@ class ImageData:
     test: Dataset[Any]
     num_classes: int
     image_shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    deviation: tuple[float, ...] = (1.0,)
 
 
 def balanced_batch(

@@ -52,7 +52,13 @@ def load_mnist(root: str | Path, *, download: bool = False) -> ImageData:
         for part in (train, test):
             _check(part)
     return ImageData(
-        name="MNIST", train=train, test=test, num_classes=CLASSES, image_shape=(1, *SHAPE)
+        name="MNIST",
+        train=train,
+        test=test,
+        num_classes=CLASSES,
+        image_shape=(1, *SHAPE),
+        mean=MEAN,
+        deviation=DEVIATION,
     )
 
 

@@ -24,6 +24,7 @@ from blockprune.lottery.record import (
     MaskRecord,
     NetworkRecord,
     OverlapRecord,
+    RobustnessRecord,
     RunRecord,
     ScoreRecord,
     SimilarityRecord,
@@ -33,6 +34,7 @@ from blockprune.lottery.record import (
 )
 from blockprune.lottery.stages import Output
 from blockprune.lottery.verdicts import verdicts_of
+from blockprune.robustness.record import RobustnessResult
 
 __all__ = ["Assembly"]
 
@@ -87,6 +89,7 @@ class Assembly:
             survivals=self._compared("survival", SurvivalRecord),
             stabilities=self._compared("stability", StabilityRecord),
             connectivities=self._compared("line", ConnectivityRecord),
+            robustness=tuple(self._robustness()),
             failures=dict(self.failures),
             notes=tuple(dict.fromkeys((*_shared(networks), *self._notes(), *self.notes))),
         )
@@ -134,6 +137,13 @@ class Assembly:
             found = self.outputs.get(self.unfolding.similarity(case, seed))
             if found is not None:
                 yield SimilarityRecord(case=case, seed=seed, **found.found)
+
+    def _robustness(self) -> Iterator[RobustnessRecord]:
+        for case, seed in self._all():
+            found = self.outputs.get(self.unfolding.robustness(case, seed))
+            if found is not None:
+                result = RobustnessResult.model_validate(found.found)
+                yield RobustnessRecord(case=case, seed=seed, result=result)
 
     def _masks(self) -> Iterator[MaskRecord]:
         for case, seed in self._all():

@@ -88,6 +88,10 @@ class Unfolding:
         """Return the name of the node that compares a case with the dense network."""
         return f"seed {seed}: compare {case.label()}"
 
+    def robustness(self, case: TicketCase, seed: int) -> str:
+        """Return the name of the node that measures how a case stands up."""
+        return f"seed {seed}: robustness of {case.label()}"
+
     def scoring(self, criterion: str, moment: Step, seed: int) -> str:
         """Return the name of the node that scores all blocks."""
         return f"seed {seed}: score by {criterion} at {moment}"
@@ -117,6 +121,10 @@ class Unfolding:
             nodes.append(
                 Node(self.evaluation(case, seed), needs, partial(self._evaluate, case, seed))
             )
+            if self._is_robustness_asked(case):
+                name = self.robustness(case, seed)
+                after = (*needs, self.training(DENSE, seed))
+                nodes.append(Node(name, after, partial(self._measure_robustness, case, seed)))
             if self.spec.similarities and case.kind == "ticket":
                 needs = (*needs, self.training(DENSE, seed))
                 nodes.append(
@@ -324,6 +332,15 @@ class Unfolding:
         dense = folder_of(outputs, self.training(DENSE, seed))
         return Stage("similarity", {**evaluated.inputs, "dense": dense})
 
+    def _measure_robustness(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage | None:
+        evaluated = self._evaluate(case, seed, outputs)
+        if evaluated is None:
+            return None
+        assert self.spec.robustness is not None
+        dense = None if case == DENSE else folder_of(outputs, self.training(DENSE, seed))
+        choice = self.spec.robustness.model_dump(mode="json", exclude={"controls"})
+        return Stage("robustness", {**evaluated.inputs, "dense": dense, "choice": choice})
+
     def _time(self, timed: Sequence[TicketCase], outputs: Outputs) -> Stage:
         assert self.spec.latency is not None
         cuts = {json.dumps(NOTHING): NOTHING}
@@ -391,6 +408,10 @@ class Unfolding:
     def _partly_new(self, case: TicketCase, seed: int, outputs: Outputs) -> dict[str, Any]:
         masks = [folder_of(outputs, name) for name in self.shared_masks(case, seed)]
         return {"fresh": fresh_seed(seed), "first": seed, "masks": masks}
+
+    def _is_robustness_asked(self, case: TicketCase) -> bool:
+        asked = self.spec.robustness
+        return asked is not None and (asked.controls or case.kind in ("dense", "ticket"))
 
     def _starts_from_dense(self, case: TicketCase) -> bool:
         if case.weights in ("rewind", "partial-reinit"):

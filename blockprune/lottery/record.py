@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from blockprune.lottery.steps import Step
+from blockprune.robustness.record import RobustnessResult
 
 __all__ = [
     "RECORD_VERSION",
@@ -23,6 +24,7 @@ __all__ = [
     "Matched",
     "NetworkRecord",
     "OverlapRecord",
+    "RobustnessRecord",
     "RunRecord",
     "ScoreRecord",
     "SimilarityRecord",
@@ -387,6 +389,21 @@ class ConnectivityRecord(_Value):
     instability: float
 
 
+class RobustnessRecord(_Value):
+    """How a network stands up to corruptions, other test sets and attacks.
+
+    Attributes:
+        case: of the network.
+        seed: of it, and of all draws.
+        result: what was measured; transferred attacks and agreement are with the dense network of
+            the seed.
+    """
+
+    case: TicketCase
+    seed: int
+    result: RobustnessResult
+
+
 class RunRecord(_Value):
     """All that one run found.
 
@@ -410,6 +427,7 @@ class RunRecord(_Value):
         survivals: likewise.
         stabilities: where the spec asks for them.
         connectivities: likewise.
+        robustness: likewise.
         failures: stage to error, of what could not be done; all else is complete.
         notes: what a reader must know before believing a figure.
     """
@@ -434,6 +452,7 @@ class RunRecord(_Value):
     survivals: tuple[SurvivalRecord, ...] = ()
     stabilities: tuple[StabilityRecord, ...] = ()
     connectivities: tuple[ConnectivityRecord, ...] = ()
+    robustness: tuple[RobustnessRecord, ...] = ()
     failures: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -40,6 +40,8 @@ from blockprune.lottery.stages import Output, RunError, Stage, StageStore, write
 from blockprune.lottery.work import Job, Setting, check_criteria, perform
 from blockprune.plan import make_plan
 from blockprune.randomness import preserved_rng
+from blockprune.robustness.attacks import check_attacks
+from blockprune.robustness.choices import check_files
 from blockprune.sparsity import Mask
 
 __all__ = ["Event", "run"]
@@ -196,6 +198,10 @@ def _prepare(spec: Spec, data_dir: str | None) -> _Prepared:
         analysis = setting.analyse(model)
         _check_classes(spec, setting, model)
         _check_structures(spec, setting, model)
+        if spec.robustness is not None:
+            check_files(spec.robustness, data_dir, images.image_shape[-1])
+            if spec.robustness.attacks:
+                check_attacks()
         balanced_batch(images.train, images.num_classes, spec.images_per_class, seed=seed)
     first = analysis.names[:1] if spec.protect_first else ()
     protect = (*first, *spec.protect)

@@ -34,6 +34,7 @@ from blockprune.lottery.moments import Moment, MomentOrSame
 from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.record import Matched, Structure, Weights
 from blockprune.lottery.steps import Step
+from blockprune.robustness.record import RobustnessChoice
 
 __all__ = [
     "Controls",
@@ -327,6 +328,11 @@ class Spec(_Table):
     latency: LatencyChoice | None = Field(
         default=None, description="How forward passes are timed; None: they are not."
     )
+    robustness: RobustnessChoice | None = Field(
+        default=None,
+        description="Measure every network under corruptions, on other test sets and under "
+        "attack. None: not.",
+    )
     similarities: bool = Field(
         default=False, description="Compare the blocks of every ticket with the dense ones by CKA."
     )
@@ -349,7 +355,12 @@ class Spec(_Table):
             SpecError: the file cannot be read, or is not what a spec can be.
         """
         file = Path(path)
-        return cls.parse(table_in(file), source=str(file))
+        table = table_in(file)
+        if "runs" in table:
+            raise SpecError(
+                f"The spec {file} holds several runs: blockprune.lottery.read_specs reads them."
+            )
+        return cls.parse(table, source=str(file))
 
     @classmethod
     def parse(cls, table: Mapping[str, Any], *, source: str = "The spec") -> Self:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
-from blockprune.lottery.record import TicketCase
+from blockprune.lottery.record import RobustnessRecord, TicketCase
 from blockprune.report.cases import DENSE, Cases
 from blockprune.robustness.record import AttackCurve, RobustnessResult
 
-__all__ = ["Measure", "Measured", "Robust", "attack_title", "measures_of"]
+__all__ = ["Measure", "Robust", "attack_title", "measures_of"]
 
 Read = Callable[[RobustnessResult], float | None]
-
-
-class Measured(Protocol):
-    """What was found of one network."""
-
-    @property
-    def case(self) -> TicketCase: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def result(self) -> RobustnessResult: ...
 
 
 class Measure:
@@ -52,7 +40,7 @@ class Robust:
         others: all other cases, in order.
     """
 
-    def __init__(self, records: Iterable[Measured]) -> None:
+    def __init__(self, records: Iterable[RobustnessRecord]) -> None:
         self.results: dict[TicketCase, dict[int, RobustnessResult]] = {}
         for record in records:
             self.results.setdefault(record.case, {})[record.seed] = record.result
@@ -62,7 +50,7 @@ class Robust:
     @classmethod
     def of(cls, cases: Cases) -> Robust:
         """Return those of a run."""
-        return cls(getattr(cases.record, "robustness", ()))
+        return cls(cases.record.robustness)
 
     def all(self) -> list[RobustnessResult]:
         """Return every result."""

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blockprune.robustness.attacks import attack, transferred
+    from blockprune.robustness.choices import measured
     from blockprune.robustness.corruptions import CORRUPTIONS, corrupt
     from blockprune.robustness.files import CorruptedFiles
     from blockprune.robustness.measuring import robustness_of
     from blockprune.robustness.normalising import Normalised, PixelData, pixels_of
-    from blockprune.robustness.record import AttackChoice, Normalisation, RobustnessResult
+    from blockprune.robustness.record import (
+        AttackChoice,
+        Normalisation,
+        RobustnessChoice,
+        RobustnessResult,
+    )
 
 __all__ = [
     "CORRUPTIONS",
@@ -23,9 +29,11 @@ __all__ = [
     "Normalisation",
     "Normalised",
     "PixelData",
+    "RobustnessChoice",
     "RobustnessResult",
     "attack",
     "corrupt",
+    "measured",
     "pixels_of",
     "robustness_of",
     "transferred",
@@ -38,9 +46,11 @@ _HOMES = {
     "Normalisation": "record",
     "Normalised": "normalising",
     "PixelData": "normalising",
+    "RobustnessChoice": "record",
     "RobustnessResult": "record",
     "attack": "attacks",
     "corrupt": "corruptions",
+    "measured": "choices",
     "pixels_of": "normalising",
     "robustness_of": "measuring",
     "transferred": "attacks",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from blockprune.errors import close_names
 
 __all__ = [
     "COMMON_CORRUPTIONS",
@@ -16,6 +25,7 @@ __all__ = [
     "CorruptionAccuracy",
     "Normalisation",
     "Proportion",
+    "RobustnessChoice",
     "RobustnessResult",
     "ShiftAccuracy",
 ]
@@ -130,6 +140,77 @@ class AttackChoice(_Value):
     def norm(self) -> Literal["Linf", "L2"]:
         """The norm that epsilon is measured in."""
         return "L2" if self.name == "deepfool" else "Linf"
+
+
+def _named(value: object) -> object:
+    """Let a word stand for a list of corruptions, and one name for a list of it."""
+    words = {"all": (*COMMON_CORRUPTIONS, *EXTRA_CORRUPTIONS), "common": COMMON_CORRUPTIONS}
+    words["none"] = ()
+    if isinstance(value, str):
+        return words.get(value, (value,))
+    return value
+
+
+def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = (*COMMON_CORRUPTIONS, *EXTRA_CORRUPTIONS)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"there is no corruption {name!r}.{close_names(name, known)} There are "
+                f'{", ".join(known)}; and "all", "common" (the first fifteen), "none"'
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"a corruption is named twice: {', '.join(names)}")
+    return names
+
+
+def _attacks(value: object) -> object:
+    """Let the name of an attack stand for it with its usual settings."""
+    several = value if isinstance(value, list | tuple) else (value,)
+    return tuple({"name": one} if isinstance(one, str) else one for one in several)
+
+
+class RobustnessChoice(_Value):
+    """What is measured of each network."""
+
+    corruptions: Annotated[tuple[str, ...], BeforeValidator(_named), AfterValidator(_known)] = (
+        Field(
+            default=COMMON_CORRUPTIONS,
+            description='Names of corruptions, "common" (fifteen), "all" (nineteen) or "none".',
+        )
+    )
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
+        default=SEVERITIES, description="Of each corruption, 1 to 5."
+    )
+    corruption_files: str | None = Field(
+        default=None,
+        description="Folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C inside the folder of the "
+        "data, to read corruptions from. None: they are made on the fly.",
+    )
+    shifts: dict[str, str] = Field(
+        default_factory=dict,
+        description="Other test sets: a name, and its folder inside the folder of the data. The "
+        'names "cifar10.1" (v6), "cifar10.1-v4" and "cifar10.2" are read in their published form, '
+        "any other as a folder of images for each class.",
+    )
+    attacks: Annotated[tuple[AttackChoice, ...], BeforeValidator(_attacks)] = Field(
+        default=(),
+        description='"fgsm", "pgd", "deepfool", "autoattack", or tables of AttackChoice.',
+    )
+    samples: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Test images that are attacked, drawn by the seed. None: all."
+    )
+    controls: bool = Field(default=True, description="Measure the controls beside tickets too.")
+
+    @model_validator(mode="after")
+    def _something(self) -> RobustnessChoice:
+        if not self.severities and self.corruptions:
+            raise ValueError("severities is empty: name some of 1 to 5, or no corruptions")
+        if len({attack.name for attack in self.attacks}) < len(self.attacks):
+            raise ValueError("an attack is named twice; give several epsilons to one")
+        if self.corruption_files is not None and not self.corruptions:
+            raise ValueError("corruption_files has no use without corruptions")
+        return self
 
 
 class Proportion(_Value):

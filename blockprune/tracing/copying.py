@@ -121,6 +121,11 @@ def _adopt_plain_tensors(model: nn.Module) -> nn.Module:
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # A module has a dozen registries that are empty as a rule, which deepcopy is slow at.
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict, set) and not value:
+                memo.setdefault(id(value), type(value)())
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -54,6 +54,7 @@ WORK: dict[str, Callable[[Bench, Mapping[str, Any], Path], Made]] = {
     "evaluation": judging.evaluation,
     "latency": judging.latency,
     "similarity": judging.similarity,
+    "robustness": judging.robustness,
     "overlaps": comparing.overlaps,
     "connections": comparing.connections,
     "survival": comparing.survival,

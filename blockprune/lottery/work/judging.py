@@ -20,8 +20,9 @@ from blockprune.lottery.training import evaluate
 from blockprune.lottery.work.bench import Bench, Made, device
 from blockprune.lottery.work.cuts import CutNetwork, cut_network
 from blockprune.profiling import compare_latency
+from blockprune.robustness import RobustnessChoice, measured
 
-__all__ = ["evaluation", "latency", "similarity"]
+__all__ = ["evaluation", "latency", "robustness", "similarity"]
 
 SIMILARITY_IMAGES = 512
 SIMILARITY_BATCH = 128
@@ -59,6 +60,27 @@ def _costs(network: CutNetwork, image: Tensor) -> dict[str, Any]:
         found["macs"] -= idle
         found["weights_left"], found["weights_total"] = mask.kept, mask.total
     return found
+
+
+def robustness(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
+    """Corrupt and attack the test images of a trained network."""
+    del folder
+    network = cut_network(bench, inputs["seed"], inputs["cut"]).model
+    load_state(bench.store.folder / inputs["network"] / FINAL).load_into(network)
+    dense = None
+    if inputs["dense"] is not None:
+        dense = bench.setting.build(inputs["seed"])
+        load_state(bench.store.folder / inputs["dense"] / FINAL).load_into(dense)
+        dense.to(device())
+    found = measured(
+        RobustnessChoice.model_validate(inputs["choice"]),
+        network.to(device()),
+        bench.setting.images,
+        dense=dense,
+        data_dir=bench.setting.data_dir,
+        seed=inputs["seed"],
+    )
+    return found, {}
 
 
 def latency(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
