@@ -9,7 +9,7 @@ import pytest
 
 import blockprune
 from tests.fuzz import laws
-from tests.fuzz.__main__ import failure
+from tests.fuzz.cases import failure
 from tests.fuzz.laws import problems
 from tests.fuzz.recipe import Loop, Recipe, Region, Unit, draw
 from tests.fuzz.shrink import kind, report, shrunk

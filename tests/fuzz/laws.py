@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import blockprune
+from blockprune.plan import PruningPlan
+from blockprune.surgery import cut_blocks
 from tests.fuzz.recipe import Recipe
 from tests.fuzz.source import source_of
 from tests.fuzz.truth import Truth, truth
 from tests.oracle import disagreements, flatten, outcome
 
-__all__ = ["chosen", "problems"]
+__all__ = ["SHARES", "chosen", "problems"]
+
+SHARES = {"again": 0.15, "scores": 0.15, "by name": 0.3, "file": 0.15, "steps": 0.25}
+SHARES |= {"parameters": 0.2}
+"""How much of the cases checks a law that costs a trace more; all others are always checked."""
 
 
 def _program(text: str) -> dict[str, Any]:
@@ -70,26 +76,37 @@ class _Case:
         before, generator = _state(self.dense, x), torch.get_rng_state()
         analysis = blockprune.find_blocks(self.dense, x)
         yield from _analysis_problems(analysis, self.truth)
-        if self.rng.random() < 0.15:
+        if self.sampled("again"):
             again = blockprune.find_blocks(self.dense, x)
             if again.to_json() != analysis.to_json():
                 yield "a second analysis differs"
         if analysis.names != tuple(self.truth.removable):
             return
-        if analysis.names and self.rng.random() < 0.15:
+        if analysis.names and self.sampled("scores"):
             yield from self._score_problems(analysis)
         if self.names:
-            ticket = blockprune.remove_blocks(self.dense, self.names, x)
-            yield from self._ticket_problems(ticket, x)
-        if self.names and self.rng.random() < 0.2:
-            yield from self._parameter_problems(analysis, x)
+            yield from self._ticket_problems(self._ticket(analysis, x), analysis, x)
+        if self.names and self.sampled("parameters"):
+            yield from self._parameter_problems(analysis)
         if not torch.equal(generator, torch.get_rng_state()):
             yield "the random generator of the caller moved on"
         yield from _changes(before, _state(self.dense, x))
 
+    def sampled(self, law: str) -> bool:
+        """Whether this case checks a law that a share of them check; it follows from the recipe."""
+        return self.rng.random() < SHARES[law]
+
     # ------------------------------------------------------------ the ticket
 
-    def _ticket_problems(self, ticket: nn.Module, x: Any) -> Iterator[str]:
+    def _ticket(self, analysis: blockprune.BlockAnalysis, x: Any) -> nn.Module:
+        """Return the verified ticket, cut by names or by a plan of the analysis at hand."""
+        if self.sampled("by name"):
+            return blockprune.remove_blocks(self.dense, self.names, x)
+        return cut_blocks(self.dense, analysis, _plan(analysis, self.names))
+
+    def _ticket_problems(
+        self, ticket: nn.Module, analysis: blockprune.BlockAnalysis, x: Any
+    ) -> Iterator[str]:
         reference = self._reference()
         # A norm called twice counts in the reference the call whose output is then zero.
         shared = self.recipe.again is not None
@@ -100,10 +117,10 @@ class _Case:
             for problem in disagreements(mine, theirs, buffers=not shared):
                 yield f"{'train' if train else 'eval'}, batch {batch}: {problem}"
         yield from _state_problems(ticket, self.dense)
-        if self.rng.random() < 0.15:
+        if self.sampled("file"):
             yield from self._file_problems(ticket, x)
-        if self.rng.random() < 0.25:
-            yield from self._step_problems(ticket, x)
+        if self.sampled("steps"):
+            yield from self._step_problems(ticket, analysis, x)
 
     def _reference(self) -> nn.Module:
         """Return the network whose chosen branches, and those nested in them, give zero."""
@@ -125,28 +142,30 @@ class _Case:
         theirs = outcome(ticket, x, train=True, backward=False)
         yield from (f"from a file: {problem}" for problem in disagreements(mine, theirs, ulps=0))
 
-    def _step_problems(self, ticket: nn.Module, x: Any) -> Iterator[str]:
+    def _step_problems(
+        self, ticket: nn.Module, analysis: blockprune.BlockAnalysis, x: Any
+    ) -> Iterator[str]:
         """Removing one after the other is removing them at once."""
         nested = {inner for name in self.names for inner in self.truth.nested[name]}
         alone = [name for name in self.names if name not in nested]
         if len(alone) < 2 or self.recipe.again is not None:
             return
-        once = blockprune.remove_blocks(self.dense, alone[:1], x, verify=False)
+        once = cut_blocks(self.dense, analysis, _plan(analysis, alone[:1]), verify=False)
         gone = {alone[0], *self.truth.nested[alone[0]]}
-        left, found = self.truth.removable.keys() - gone, blockprune.find_blocks(once, x).names
-        if set(found) != left:
-            yield f"the ticket without {alone[0]} has {found} instead of {sorted(left)}"
+        left, found = self.truth.removable.keys() - gone, blockprune.find_blocks(once, x)
+        if set(found.names) != left:
+            yield f"the ticket without {alone[0]} has {found.names} instead of {sorted(left)}"
             return
-        twice = blockprune.remove_blocks(once, alone[1:], x, verify=False)
+        twice = cut_blocks(once, found, _plan(found, alone[1:]), verify=False)
         mine = outcome(twice, x, train=False, backward=False)
         theirs = outcome(ticket, x, train=False, backward=False)
         yield from (f"in two steps: {problem}" for problem in disagreements(mine, theirs))
 
     # ------------------------------------------------------------ numbers
 
-    def _parameter_problems(self, analysis: blockprune.BlockAnalysis, x: Any) -> Iterator[str]:
+    def _parameter_problems(self, analysis: blockprune.BlockAnalysis) -> Iterator[str]:
         block = analysis.block(self.rng.choice(self.names))
-        ticket = blockprune.remove_blocks(self.dense, [block.name], x, verify=False)
+        ticket = cut_blocks(self.dense, analysis, _plan(analysis, [block.name]), verify=False)
         dense, kept = (sum(p.numel() for p in m.parameters()) for m in (self.dense, ticket))
         if dense - kept != block.params:
             yield f"{block.name} has {block.params} parameters, and {dense - kept} went"
@@ -165,6 +184,18 @@ class _Case:
 
 
 # ---------------------------------------------------------------- what is compared
+
+
+def _plan(analysis: blockprune.BlockAnalysis, names: list[str]) -> PruningPlan:
+    """Return the plan that removes these branches."""
+    return PruningPlan(
+        remove=tuple(names),
+        granularity="branch",
+        criterion=None,
+        scores={},
+        p=None,
+        fingerprint=analysis.fingerprint,
+    )
 
 
 def _trains(model: nn.Module, x: Any) -> bool:
