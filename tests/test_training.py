@@ -222,6 +222,19 @@ class TestTrain:
         ]
         assert all(math.isfinite(step.loss) for step in steps)
 
+    def test_workers_that_fetch_samples_change_nothing(self, blobs: TensorDataset) -> None:
+        found = []
+        for workers in (0, 2):
+            torch.manual_seed(0)
+            model = Net()
+            recipe = Recipe(epochs=2, lr=0.05, batch_size=20)
+            history = train(model, blobs, recipe, test=blobs, workers=workers)
+            accuracies = [(epoch.loss, epoch.test_accuracy) for epoch in history.epochs]
+            found.append((accuracies, copy.deepcopy(model.state_dict())))
+            assert evaluate(model, blobs, workers=workers).accuracy == accuracies[-1][1]
+        assert found[0][0] == found[1][0]
+        assert all(found[0][1][name].equal(value) for name, value in found[1][1].items())
+
     def test_divergence_names_epoch_and_iteration(self, blobs: TensorDataset) -> None:
         inputs, labels = blobs.tensors
         poisoned = inputs.clone()

@@ -56,6 +56,7 @@ class Trainer:
         test_every_epoch: evaluate after each epoch.
         name: of the curves.
         curves: the folder for TensorBoard; None: no curves are written.
+        workers: processes that fetch samples.
         notes: what came up.
     """
 
@@ -65,6 +66,7 @@ class Trainer:
     test_every_epoch: bool = False
     name: str = ""
     curves: str | None = None
+    workers: int = 0
     notes: list[str] = field(default_factory=list)
 
     def train(
@@ -143,6 +145,7 @@ class Trainer:
             keep=[*here, end],
             on_state=on_state,
             test=self.data.test if self.test_every_epoch else None,
+            workers=self.workers,
         )
         return reached[-1], [dataclasses.asdict(record) for record in history.epochs]
 

@@ -134,6 +134,7 @@ def run(
         data_dir=place,
         checkpoint_epochs=spec.checkpoint_epochs,
         curves=curves,
+        workers=spec.workers,
     )
     with store.alone():
         store.clear()

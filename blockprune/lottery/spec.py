@@ -342,6 +342,13 @@ class Spec(_Table):
     checkpoint_epochs: Count = Field(
         default=5, description="A killed training goes on from the latest multiple of these."
     )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Processes that fetch samples for each training, where reading and augmenting "
+        "them takes long; 0: none. The batches are the same.",
+    )
     threads: Count = Field(
         default=1,
         description="Threads of torch inside a stage; their number decides how sums are rounded.",

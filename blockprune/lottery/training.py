@@ -104,6 +104,7 @@ def train(
     loss_fn: LossFunction = functional.cross_entropy,
     on_step: Callable[[Progress], None] | None = None,
     accelerator: Accelerator | None = None,
+    workers: int = 0,
 ) -> History:
     """Train ``model`` in place and return what happened.
 
@@ -131,6 +132,7 @@ def train(
         loss_fn: maps ``(logits, labels)`` to the batch's mean loss.
         on_step: called after each step, for a progress display.
         accelerator: device, mixed precision, parallelism; accelerate's defaults if None.
+        workers: processes that fetch samples; 0: this one. The batches are the same.
 
     Returns:
         :class:`History`, one record per epoch; of an epoch that was begun before ``start`` or
@@ -170,6 +172,7 @@ def train(
         loss_fn=loss_fn,
         on_step=on_step,
         accelerator=accelerator,
+        workers=workers,
     )
     return History(tuple(epochs))
 
@@ -187,6 +190,7 @@ def train_epochs(
     loss_fn: LossFunction = functional.cross_entropy,
     on_step: Callable[[Progress], None] | None = None,
     accelerator: Accelerator | None = None,
+    workers: int = 0,
 ) -> Generator[EpochRecord, None, None]:
     """Train ``model`` one epoch each time the next record is asked for.
 
@@ -200,7 +204,7 @@ def train_epochs(
         ``for record in train_epochs(model, data.train, recipe): print(record.loss)``
     """
     accelerator = accelerator or Accelerator()
-    loader = make_loader(dataset, recipe.batch_size, seed=recipe.seed)
+    loader = make_loader(dataset, recipe.batch_size, seed=recipe.seed, workers=workers)
     if test is not None:
         size_of(test)
     moments = tuple(keep)
@@ -217,7 +221,7 @@ def train_epochs(
     if start is not None:
         _check_start(model, recipe, start)
     feed = _Feed(batches, accelerator)
-    watch = _Watch(test, on_step, on_state)
+    watch = _Watch(test, on_step, on_state, workers)
     return _epochs(model, feed, recipe, span, start, loss_fn, watch, accelerator)
 
 
@@ -256,6 +260,7 @@ def _epochs(
                         batch_size=recipe.batch_size,
                         loss_fn=loss_fn,
                         accelerator=accelerator,
+                        workers=watch.workers,
                     )
                 record = replace(record, test_accuracy=found.accuracy)
             yield record
@@ -270,6 +275,7 @@ def evaluate(
     batch_size: int = 256,
     loss_fn: LossFunction = functional.cross_entropy,
     accelerator: Accelerator | None = None,
+    workers: int = 0,
 ) -> Evaluation:
     """Return the mean loss and the accuracy of ``model`` in evaluation mode.
 
@@ -283,6 +289,7 @@ def evaluate(
         batch_size: samples a forward pass.
         loss_fn: maps ``(logits, labels)`` to the batch's mean loss.
         accelerator: accelerate's defaults if None.
+        workers: processes that fetch samples; 0: this one.
 
     Raises:
         DataError: the data set is empty or has no length, or ``batch_size`` < 1.
@@ -290,7 +297,7 @@ def evaluate(
     Example:
         ``evaluate(model, data.test).accuracy``
     """
-    loader = make_loader(dataset, batch_size)
+    loader = make_loader(dataset, batch_size, workers=workers)
     accelerator = accelerator or Accelerator()
     losses, hits, samples = 0.0, 0, 0
     with in_mode(False, model), torch.no_grad():
@@ -336,6 +343,7 @@ class _Watch:
     test: Dataset[Any] | None
     on_step: Callable[[Progress], None] | None
     on_state: Callable[[TrainingState], None] | None
+    workers: int
 
 
 @dataclass(frozen=True)

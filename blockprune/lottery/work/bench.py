@@ -39,6 +39,7 @@ class Job:
         data_dir: the folder of the data, likewise; None where the data need none.
         checkpoint_epochs: how often a training is written down.
         curves: the folder for TensorBoard; None: no curves are written.
+        workers: processes that fetch samples, which decide on no result.
     """
 
     stage: Stage
@@ -46,6 +47,7 @@ class Job:
     data_dir: str | None = None
     checkpoint_epochs: int = 5
     curves: str | None = None
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Bench:
             test_every_epoch=inputs["test_every_epoch"],
             name=self.job.stage.folder,
             curves=self.job.curves,
+            workers=self.job.workers,
         )
         epochs = trainer.train(model, folder, **how)
         self.notes += trainer.notes

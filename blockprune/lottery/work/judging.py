@@ -36,7 +36,7 @@ def evaluation(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     load_state(bench.store.folder / inputs["network"] / FINAL).load_into(network.model)
     analysis = bench.setting.analyse(bench.setting.build(inputs["seed"]))
     merges = sum(len(stage.blocks) + stage.fixed for stage in analysis.stages)
-    result = evaluate(network.model, bench.setting.images.test)
+    result = evaluate(network.model, bench.setting.images.test, workers=bench.job.workers)
     return {
         "accuracy": result.accuracy,
         "loss": result.loss,
