@@ -68,6 +68,11 @@ class TestRecipe:
         assert rates[8:16] == pytest.approx([0.4] * 8)
         assert rates[16:] == pytest.approx([0.2] * 4)
 
+    def test_linear_falls_on_a_line(self) -> None:
+        recipe = Recipe(epochs=12, lr=1.0, final_lr=0.2, schedule="linear", warmup_epochs=2)
+        rates = [recipe.learning_rate(t, 10) for t in (9, 20, 70, 119)]
+        assert rates == pytest.approx([0.5, 1.0, 0.6, 0.208])
+
     def test_one_cycle_rises_and_falls_along_a_cosine(self) -> None:
         recipe = Recipe(epochs=10, lr=1.0, schedule="one_cycle", warmup_epochs=2)
         rates = [recipe.learning_rate(step, 10) for step in range(100)]
@@ -104,6 +109,9 @@ class TestRecipe:
             ({"milestones": (10,)}, "must rise inside 1 .. 9"),
             ({"warmup_epochs": 10.0}, r"warmup_epochs \(10.0\) must be below epochs \(10\)"),
             ({"schedule": "one_cycle"}, "needs warmup_epochs above 0"),
+            ({"schedule": "linear", "milestones": (5,)}, "mean nothing to the linear schedule"),
+            ({"final_lr": 0.001}, "is where the linear schedule ends"),
+            ({"schedule": "linear", "final_lr": 9.0}, "at or below lr"),
             (
                 {"schedule": "one_cycle", "warmup_epochs": 1, "milestones": (5,)},
                 "milestones mean nothing",

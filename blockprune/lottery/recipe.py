@@ -23,7 +23,8 @@ class Recipe(BaseModel):
     - ``t / warmup_epochs * lr`` while ``t < warmup_epochs``, whatever the schedule; then
     - ``"milestones"``: ``lr * gamma ** (milestones passed)``; without milestones, constant;
     - ``"one_cycle"``: ``lr * (1 + cos(pi * s)) / 2``, with ``s`` the share done of what
-      follows the warm-up. Momentum stays as it is.
+      follows the warm-up. Momentum stays as it is;
+    - ``"linear"``: ``lr + (final_lr - lr) * s``.
 
     A field out of range, or an unknown one, raises ``pydantic.ValidationError`` (a
     ``ValueError``) that names it.
@@ -46,8 +47,11 @@ class Recipe(BaseModel):
     weight_decay: float = Field(
         default=0.0, ge=0, allow_inf_nan=False, description="L2 penalty on every parameter."
     )
-    schedule: Literal["milestones", "one_cycle"] = Field(
+    schedule: Literal["milestones", "one_cycle", "linear"] = Field(
         default="milestones", description="What the learning rate does after the warm-up."
+    )
+    final_lr: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description='Where "linear" ends.'
     )
     milestones: tuple[int, ...] = Field(
         default=(), description="Epochs (0-based) that begin with the rate times gamma."
@@ -75,8 +79,14 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})."
             )
-        if self.schedule == "one_cycle" and self.milestones:
-            raise ValueError("milestones mean nothing to the one_cycle schedule; leave them out.")
+        if self.schedule != "milestones" and self.milestones:
+            raise ValueError(
+                f"milestones mean nothing to the {self.schedule} schedule; leave them out."
+            )
+        if self.final_lr and (self.schedule != "linear" or self.final_lr > self.lr):
+            raise ValueError(
+                f"final_lr ({self.final_lr}) is where the linear schedule ends, at or below lr."
+            )
         if self.schedule == "one_cycle" and self.warmup_epochs == 0:
             raise ValueError("one_cycle rises before it falls; it needs warmup_epochs above 0.")
         bounds = (0, *self.milestones, self.epochs)
@@ -92,9 +102,11 @@ class Recipe(BaseModel):
         warmup = self.warmup_epochs * iterations_per_epoch
         if iteration < warmup:
             return self.lr * min(1.0, (iteration + 1) / warmup)
+        share = (iteration - warmup) / (self.epochs * iterations_per_epoch - warmup)
         if self.schedule == "one_cycle":
-            total = self.epochs * iterations_per_epoch
-            return self.lr * (1 + math.cos(math.pi * (iteration - warmup) / (total - warmup))) / 2
+            return self.lr * (1 + math.cos(math.pi * share)) / 2
+        if self.schedule == "linear":
+            return self.lr + (self.final_lr - self.lr) * share
         passed = sum(iteration >= start * iterations_per_epoch for start in self.milestones)
         return self.lr * self.gamma**passed
 

@@ -141,7 +141,12 @@ def finetuning(recipe: Recipe, *, epochs: int, lr: float) -> Recipe:
         >>> short.learning_rate(0, 391), short.learning_rate(40 * 391 - 1, 391)
         (0.001, 0.001)
     """
-    constant: dict[str, Any] = {"schedule": "milestones", "milestones": (), "warmup_epochs": 0.0}
+    constant: dict[str, Any] = {
+        "schedule": "milestones",
+        "milestones": (),
+        "warmup_epochs": 0.0,
+        "final_lr": 0.0,
+    }
     return Recipe(**{**recipe.model_dump(), **constant, "epochs": epochs, "lr": lr})
 
 
