@@ -18,6 +18,7 @@ from blockprune.lottery.record import NetworkRecord, RunRecord, TicketCase, Verd
 from blockprune.report.cases import Cases
 from blockprune.report.cautions import cautions
 from blockprune.report.charts import cost_chart, curve_charts, depth_charts
+from blockprune.report.findings import findings_section
 from blockprune.report.levels import levels_section
 from blockprune.report.masks import layers_section, overlap_section
 from blockprune.report.paper import paper_tables, set_up_of
@@ -34,6 +35,7 @@ __all__ = ["counts_of", "environment", "model_name", "page_html", "resource"]
 VERDICTS: tuple[Verdict, ...] = ("wins", "ties", "loses", "not enough seeds")
 
 SECTIONS: tuple[Callable[[Cases], Section | None], ...] = (
+    findings_section,
     structures_section,
     levels_section,
     layers_section,

@@ -1,0 +1,384 @@
+"""What the papers found, and whether this run shows the same: decided by rule from its figures.
+
+Differences are paired by seed, in points of test accuracy, with intervals of Student's t as for
+verdicts. A finding *holds* or *fails* where the intervals say so, and is *undecided* where they do
+not: with few seeds that is the usual answer, and no sign against the paper.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from blockprune.lottery.record import StabilityRecord, TicketCase
+from blockprune.lottery.verdicts import paired_interval
+from blockprune.report.cases import INITIALISATION, Cases
+from blockprune.report.grouping import by_group
+from blockprune.report.sections import Cell, Part, Section, Table
+
+__all__ = ["Finding", "findings_of", "findings_section"]
+
+Decision = Literal["holds", "fails", "undecided"]
+
+STABLE = 0.02
+"""Instability below which a network is stable (Frankle et al., 2020)."""
+
+ALIKE = ("magnitude", "l1", "l2")
+LATE = ("softmax", "minmax")
+FEW = 0.5
+"""Share of a ticket's connections below which what it has in common with others is little."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of a paper, and what a run says to it.
+
+    Attributes:
+        paper: where it stands.
+        claim: in one sentence.
+        decision: of this run.
+        figures: that decided.
+    """
+
+    paper: str
+    claim: str
+    decision: Decision
+    figures: str
+
+
+def findings_section(cases: Cases) -> Section | None:
+    """Return the findings that a run has figures on, None where it has none."""
+    findings = findings_of(cases)
+    if not findings:
+        return None
+    rows = tuple(
+        (f.claim, (Cell(f.paper), Cell(f.decision, is_best=f.decision == "holds"), Cell(f.figures)))
+        for f in findings
+    )
+    table = Table("", "claim", ("paper", "here", "figures"), rows)
+    return Section(
+        "findings",
+        "Findings",
+        "What the papers found, and this run",
+        (
+            "Each is decided by rule from the figures below: by intervals of differences paired "
+            "over seeds, or by all seeds being of one mind. Undecided is what few seeds mostly "
+            "give. Nothing here was seen on the papers' own data unless the data above are.",
+        ),
+        (Part(tables=(table,)),),
+    )
+
+
+def findings_of(cases: Cases) -> tuple[Finding, ...]:
+    """Return every finding that a run has figures on."""
+    return tuple(
+        finding
+        for look in (_at_initialisation, _filters, _levels, _overlaps, _steadiness, _stability)
+        for finding in look(cases)
+    )
+
+
+# --- papers/000 -----------------------------------------------------------------------------------
+
+
+def _at_initialisation(cases: Cases) -> Iterator[Finding]:
+    of_blocks = [case for case in cases.tickets if case.structure == "blocks"]
+    tickets = [case for case in of_blocks if _is_untrained(case)]
+    trained = [c for c in of_blocks if c.scored_at not in (None, INITIALISATION)]
+    for paper, members, words in (
+        ("papers/000, Table 1", trained, "scored in a trained network"),
+        ("papers/000, Table 2", tickets, "found at initialisation"),
+    ):
+        verdicts = [v.verdict for case in members if (v := cases.verdict(case)) and v.interval]
+        if not verdicts:
+            continue
+        counts = {word: verdicts.count(word) for word in ("wins", "ties", "loses")}
+        decision: Decision = "fails" if counts["loses"] else "undecided"
+        if counts["wins"] == len(verdicts):
+            decision = "holds"
+        said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        yield Finding(
+            paper,
+            f"All tickets of blocks {words} win.",
+            decision,
+            f"Of {len(verdicts)}: {said}.",
+        )
+    yield from _against(
+        cases,
+        "papers/000, Table 2",
+        "GraSP finds better tickets of blocks than SNIP.",
+        [(case, case.model_copy(update={"criterion": "snip"})) for case in tickets
+         if case.criterion == "grasp"],
+    )  # fmt: skip
+    yield from _against(
+        cases,
+        "control",
+        "Criteria find better tickets of blocks than chance.",
+        [(case, random.case) for case in tickets if (random := cases.random_of(case))],
+    )
+
+
+def _filters(cases: Cases) -> Iterator[Finding]:
+    for other, words in (("filters", "filters"), ("weights", "single weights")):
+        pairs = [
+            (case.model_copy(update={"structure": "blocks", "matched": None}), case)
+            for case in cases.others
+            if case.kind == "ticket" and case.structure == other and case.matched
+        ]
+        yield from _against(
+            cases,
+            "papers/000, Table 3" if other == "filters" else "papers/001, open question",
+            f"Tickets of blocks are better than those of as many {words}.",
+            pairs,
+        )
+
+
+def _is_untrained(case: TicketCase) -> bool:
+    return (
+        case.scored_at == INITIALISATION
+        and case.weights == "rewind"
+        and case.rewound_to == INITIALISATION
+    )
+
+
+# --- papers/003 -----------------------------------------------------------------------------------
+
+
+def _levels(cases: Cases) -> Iterator[Finding]:
+    for group, members in _groups(cases):
+        by_name: dict[str, dict[int, TicketCase]] = {}
+        for case in members:
+            by_name.setdefault(str(case.criterion), {})[case.level] = case
+        if "magnitude" not in by_name:
+            continue
+        plain = by_name["magnitude"]
+        others = [by_name[name] for name in ALIKE[1:] if name in by_name]
+        alike = [(found[n], plain[n]) for found in others for n in found if n in plain]
+        yield from _equal(cases, f"L1 and L2 find tickets as good as magnitude ({group}).", alike)
+        late = [
+            (plain[last], by_name[name][last])
+            for name in LATE
+            if name in by_name and (last := max(by_name[name])) in plain
+        ]
+        claim = f"At the last level softmax and min-max fall behind magnitude ({group})."
+        yield from _against(cases, "papers/003, 3.1", claim, late)
+        random = [
+            (case, control.case)
+            for case in members
+            if (control := cases.random_of(case)) is not None
+        ]
+        claim = f"Tickets of weights are better than random masks of their proportions ({group})."
+        yield from _against(cases, "papers/004, Figure 3", claim, random)
+
+
+def _groups(cases: Cases) -> list[tuple[str, list[TicketCase]]]:
+    tickets = [case for case in cases.others if case.kind == "ticket" and case.level]
+    return [
+        (group.title(), members)
+        for group, members in by_group(tickets).items()
+        if group.weights != "partial-reinit"
+    ]
+
+
+def _overlaps(cases: Cases) -> Iterator[Finding]:
+    overlaps = cases.record.overlaps
+    if overlaps:
+        last = max(one.cases[0].level for one in overlaps)
+        widest = max(len(one.cases) for one in overlaps)
+        found = [o for o in overlaps if o.cases[0].level == last and len(o.cases) == widest]
+        shares = [one.of_surviving for one in found]
+        chance = statistics.fmean(one.expected for one in found)
+        yield Finding(
+            "papers/003, 5",
+            "Tickets of one initialisation under different importances share few connections.",
+            "holds" if max(shares) < FEW else "fails" if min(shares) >= FEW else "undecided",
+            f"At level {last}, {widest} tickets share {100 * statistics.fmean(shares):.1f} % of "
+            f"the smallest one's connections, {100 * chance:.1f} % by chance.",
+        )
+    kept: dict[tuple[TicketCase, int], tuple[int, float]] = {
+        (one.case, one.seed): (
+            sum(again for _, again, _ in one.layers.values()),
+            sum(expected for _, _, expected in one.layers.values()),
+        )
+        for one in cases.record.survivals
+    }
+    if kept:
+        more = sum(again > expected for again, expected in kept.values())
+        ratio = statistics.fmean(a / e for a, e in kept.values() if e) - 1
+        yield Finding(
+            "papers/003, 5",
+            "What tickets share survives a partial re-initialisation more often than by chance.",
+            _unanimous(more, len(kept)),
+            f"More in {more} of {len(kept)} tickets; {100 * ratio:+.1f} % on the mean.",
+        )
+
+
+def _steadiness(cases: Cases) -> Iterator[Finding]:
+    for place, (words, name) in enumerate(
+        (("vary less from round to round", "spread"), ("flip their signs less often", "sign flips"))
+    ):
+        pairs = [
+            (shared, other)
+            for one in cases.record.connections
+            for shared, other in ((one.spread, one.sign_flips)[place],)
+            if shared is not None and other is not None
+        ]
+        if not pairs:
+            continue
+        fewer = sum(shared < other for shared, other in pairs)
+        apart = sum(shared != other for shared, other in pairs)
+        means = [statistics.fmean(pair[k] for pair in pairs) for k in (0, 1)]
+        yield Finding(
+            "papers/003, Figure 2",
+            f"Connections that tickets share {words} than others.",
+            _unanimous(fewer, apart),
+            f"In {fewer} of {apart} tickets where they differ; {name} {means[0]:.3g} against "
+            f"{means[1]:.3g} on the mean.",
+        )
+
+
+# --- papers/004 -----------------------------------------------------------------------------------
+
+
+def _stability(cases: Cases) -> Iterator[Finding]:
+    found = {(one.case, one.seed): one for one in cases.record.stabilities}
+    pairs = [
+        (one, found[chance, seed])
+        for (case, seed), one in found.items()
+        if case.kind == "ticket"
+        and (chance := case.model_copy(update={"kind": "random"}), seed) in found
+    ]
+    for words, noise in (("pruning", "to_pruning"), ("the order of the data", "to_order")):
+        if pairs:
+            ratios = [getattr(b, noise).l2 / getattr(a, noise).l2 for a, b in pairs
+                      if getattr(a, noise).l2]  # fmt: skip
+            yield Finding(
+                "papers/004, Figure 3",
+                f"Tickets of weights are more stable to {words} than random masks.",
+                _unanimous(sum(ratio > 1 for ratio in ratios), len(ratios)),
+                f"Random ones end {statistics.fmean(ratios):.2f} times as far apart on the mean, "
+                f"{min(ratios):.2f} to {max(ratios):.2f}.",
+            )
+        yield from _later(found, words, noise)
+    yield from _later_accuracy(cases)
+    yield from _connected(cases)
+
+
+def _later(
+    found: dict[tuple[TicketCase, int], StabilityRecord], words: str, noise: str
+) -> Iterator[Finding]:
+    """Compare the first with the last moment that tickets are rewound to."""
+    ends = [
+        (found[first, seed], found[last, seed])
+        for first, last in _ends([case for case, _ in found])
+        for seed in {seed for _, seed in found}
+        if (first, seed) in found and (last, seed) in found
+    ]
+    if ends:
+        closer = sum(getattr(b, noise).l2 < getattr(a, noise).l2 for a, b in ends)
+        means = [statistics.fmean(getattr(pair[k], noise).l2 for pair in ends) for k in (0, 1)]
+        yield Finding(
+            "papers/004, Figure 4",
+            f"Tickets rewound later are more stable to {words}.",
+            _unanimous(closer, len(ends)),
+            f"L2 {means[0]:.2f} at the first moment, {means[1]:.2f} at the last; closer in "
+            f"{closer} of {len(ends)} tickets.",
+        )
+
+
+def _later_accuracy(cases: Cases) -> Iterator[Finding]:
+    levels = [case for case in cases.others if case.kind == "ticket" and case.level]
+    last = max((case.level for case in levels), default=0)
+    ends = [(b, a) for a, b in _ends([case for case in levels if case.level == last])]
+    claim = "Tickets of the last level that are rewound later are better."
+    yield from _against(cases, "papers/004, Figure 4", claim, ends)
+
+
+def _ends(members: Sequence[TicketCase]) -> list[tuple[TicketCase, TicketCase]]:
+    """Return each ticket as it is rewound first, and last."""
+    same: dict[TicketCase, list[TicketCase]] = {}
+    for case in dict.fromkeys(members):
+        if case.kind == "ticket" and case.weights == "rewind" and case.rewound_to is not None:
+            same.setdefault(case.model_copy(update={"rewound_to": None}), []).append(case)
+    ordered = [
+        sorted(several, key=lambda c: (c.rewound_to.epoch, c.rewound_to.iteration))  # type: ignore[union-attr]
+        for several in same.values()
+    ]
+    return [(several[0], several[-1]) for several in ordered if len(several) > 1]
+
+
+def _connected(cases: Cases) -> Iterator[Finding]:
+    lines = [one for one in cases.record.connectivities if one.case.kind == "ticket"]
+    if not lines:
+        return
+    stable = sum(one.instability < STABLE for one in lines)
+    values = [100 * one.instability for one in lines]
+    yield Finding(
+        "Frankle et al., 2020",
+        "Tickets are linearly connected over orders of the data (instability below 2 points).",
+        _unanimous(stable, len(lines)),
+        f"{stable} of {len(lines)} are; instability {min(values):.2f} to {max(values):.2f} points.",
+    )
+
+
+# --- deciding -------------------------------------------------------------------------------------
+
+
+def _against(
+    cases: Cases, paper: str, claim: str, pairs: Sequence[tuple[TicketCase, TicketCase]]
+) -> Iterator[Finding]:
+    """Decide whether the first of each pair is better, on the mean of all pairs of a seed."""
+    by_seed = _by_seed(cases, pairs)
+    interval = paired_interval([*by_seed.values()], cases.record.confidence)
+    if interval is None:
+        return
+    low, high = interval
+    decision: Decision = "holds" if low > 0 else "fails" if high < 0 else "undecided"
+    yield Finding(
+        paper,
+        claim,
+        decision,
+        f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
+        f"of {len(pairs)} comparison{'' if len(pairs) == 1 else 's'}, {len(by_seed)} seeds.",
+    )
+
+
+def _by_seed(cases: Cases, pairs: Sequence[tuple[TicketCase, TicketCase]]) -> dict[int, float]:
+    """Return, for each seed, the mean difference over the pairs that it has, in points."""
+    found: dict[int, list[float]] = {}
+    for one, other in pairs:
+        beside = {network.seed: network.accuracy for network in cases.networks(other)}
+        for network in cases.networks(one):
+            if network.seed in beside:
+                difference = 100 * (network.accuracy - beside[network.seed])
+                found.setdefault(network.seed, []).append(difference)
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+def _equal(
+    cases: Cases, claim: str, pairs: Sequence[tuple[TicketCase, TicketCase]]
+) -> Iterator[Finding]:
+    """Decide whether pairs are within the tolerance of one another, on the mean of a seed."""
+    by_seed = _by_seed(cases, pairs)
+    interval = paired_interval([*by_seed.values()], cases.record.confidence)
+    if interval is None:
+        return
+    xi = cases.record.xi_points
+    low, high = interval
+    within, beyond = -xi <= low and high <= xi, high < -xi or low > xi
+    yield Finding(
+        "papers/003, 3.2",
+        claim,
+        "holds" if within else "fails" if beyond else "undecided",
+        f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
+        f"of {len(pairs)} comparisons, with a tolerance of {xi:g}, {len(by_seed)} seeds.",
+    )
+
+
+def _unanimous(yes: int, of: int) -> Decision:
+    """Return whether all say yes, none does, or they differ."""
+    if not of:
+        return "undecided"
+    return "holds" if yes == of else "fails" if yes == 0 else "undecided"
