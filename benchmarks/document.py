@@ -228,6 +228,50 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return " ".join(_with_range(row["ratio"], row["quartiles"])) if row else "-"
 
 
+def _lottery(result: Result) -> Iterator[str]:
+    yield (
+        "Whether an experiment on digits shows what the papers found on their own data, decided by "
+        "rule from intervals paired over seeds, or by all seeds being of one mind. Digits are "
+        "small and easy: what is undecided here may well show elsewhere."
+    )
+    for run in result["runs"]:
+        dense = ", ".join(f"{accuracy:.2f}" for accuracy in run["dense_percent"])
+        yield (
+            f"**{run['name']}** (`examples/{run['example']}.toml`): {run['trainings']} trainings, "
+            f"{run['training_seconds'] / 60:.0f} minutes of training; dense {dense} %. "
+            f"{_counted(run['verdicts'])}"
+        )
+        if run["findings"]:
+            yield _table(
+                ["claim", "paper", "here", "figures"],
+                [[f["claim"], f["paper"], f["decision"], f["figures"]] for f in run["findings"]],
+            )
+        side_by_side = [
+            row for row in run["verdicts"] if "latency" in row and " like p=" in row["case"]
+        ]
+        if side_by_side:
+            columns = ["difference, points", "parameters", "MACs", "latency", "training"]
+            yield "Over the dense network, means over seeds:"
+            yield _table(
+                ["network", *columns],
+                [
+                    [
+                        row["case"],
+                        f"{row['mean']:+.2f}",
+                        *(f"{row[key]:.3f}" for key in ("params", "macs", "latency", "training")),
+                    ]
+                    for row in run["verdicts"]
+                    if row["kind"] == "ticket"
+                ],
+            )
+
+
+def _counted(verdicts: Iterable[Result]) -> str:
+    found = [row["verdict"] for row in verdicts if row["kind"] == "ticket"]
+    words = ", ".join(f"{found.count(word)} {word}" for word in dict.fromkeys(found))
+    return f"Of {len(found)} kinds of ticket: {words}."
+
+
 SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "table4": _table4,
     "against_peers": _against_peers,
@@ -235,6 +279,7 @@ SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "ticket_overhead": _ticket_overhead,
     "scoring": _scoring,
     "analysis_scaling": _analysis_scaling,
+    "lottery": _lottery,
 }
 
 

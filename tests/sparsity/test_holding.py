@@ -246,7 +246,9 @@ def test_another_optimizers_step_leaves_a_graph_alone() -> None:
     with held(model, half_mask(model)):
         loss = functional.cross_entropy(model(batch()[0]), batch()[1])
         one_step(other, OPTIMIZERS["sgd"](other.parameters()), 0)
+        # Had the step written to the held weights, autograd would refuse.
         loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_masks_of_torch_on_and_off() -> None:
