@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from blockprune.blocks import find_blocks
 from blockprune.errors import TicketError
 from blockprune.plan import PruningPlan
-from blockprune.surgery import cut_blocks, record_of
+from blockprune.surgery import TicketRecord, cut_blocks, record_of
 from blockprune.tracing import Call, TensorFact, tensors_in
 
 __all__ = ["load_ticket", "plan_of", "save_ticket"]
@@ -60,16 +60,14 @@ class _Header(_Kind):
 def plan_of(ticket: nn.Module) -> PruningPlan:
     """Return the plan that made a ticket: everything removed from the dense model.
 
+    Args:
+        ticket: a ticket, or a module around one alone: `torch.compile(ticket)`,
+            `nn.DataParallel(ticket)`. Names are those in the dense model, without the wrapper.
+
     Raises:
         TicketError: the module is not a ticket.
     """
-    record = record_of(ticket)
-    if record is None:
-        raise TicketError(
-            f"this {type(ticket).__name__} is not a ticket: it carries no plan. Tickets come from "
-            "blockprune.prune, remove_blocks and load_ticket."
-        )
-    return record.plan
+    return _unwrapped(ticket)[1].plan
 
 
 def save_ticket(
@@ -80,7 +78,8 @@ def save_ticket(
     The file appears whole or not at all.
 
     Args:
-        ticket: from `prune`, `remove_blocks` or `load_ticket`; may have been trained since.
+        ticket: from `prune`, `remove_blocks` or `load_ticket`; may have been trained since, and
+            may be inside what `torch.compile` or `nn.DataParallel` made of it.
         path: the file to write.
         overwrite: replace a file that exists.
 
@@ -98,9 +97,7 @@ def save_ticket(
         >>> blockprune.plan_of(again).remove
         ('layer1.1',)
     """
-    plan = plan_of(ticket)
-    record = record_of(ticket)
-    assert record is not None
+    ticket, record = _unwrapped(ticket)
     target = Path(path)
     if os.path.exists(target) and not overwrite:
         raise TicketError(
@@ -116,7 +113,7 @@ def save_ticket(
     tensors, aliases = _distinct(ticket.state_dict())
     header = {
         "format": _FORMAT,
-        "plan": json.loads(plan.to_json()),
+        "plan": json.loads(record.plan.to_json()),
         "call": {"args": _encode(record.call.args), "kwargs": _encode(record.call.kwargs)},
         "preserve_root": record.preserve_root,
         "leaf_modules": list(record.leaf_modules),
@@ -173,6 +170,26 @@ def load_ticket(
     )
     _fill(ticket, tensors, header.aliases, path)
     return ticket
+
+
+def _unwrapped(module: nn.Module) -> tuple[nn.Module, TicketRecord]:
+    """Return the ticket that a module is, or is around alone, and how it was made.
+
+    Raises:
+        TicketError: there is none.
+    """
+    inner = module
+    while (record := record_of(inner)) is None:
+        # What compiles, spreads or replicates a module has nothing of its own but that module.
+        children = list(inner.children())
+        own = (*inner.parameters(recurse=False), *inner.buffers(recurse=False))
+        if len(children) != 1 or own:
+            raise TicketError(
+                f"this {type(module).__name__} is not a ticket: it carries no plan. Tickets come "
+                "from blockprune.prune, remove_blocks and load_ticket."
+            )
+        inner = children[0]
+    return inner, record
 
 
 def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +64,20 @@ def test_every_kind_of_part_is_drawn() -> None:
     wanted += ("if y.sum()", "if self.training", "seen", 'batch["x"]', "f += x", "add_(", "alpha")
     wanted += ("norm1(x +", "inplace=True", "].weight = ", "stride=2", "track_running_stats")
     assert [part for part in wanted if part not in text] == []
+
+
+def test_a_pool_behind_strides_is_one_that_runs() -> None:
+    down = Unit(("stride", "pool"), shortcut="down")
+    assert problems(Recipe((down, down, BLOCK), dimensions=3)) == []
+
+
+def test_the_command_spreads_cases_over_processes() -> None:
+    options = ("--cases", "3", "--first", "2", "--seed", "1", "--jobs", "2")
+    command = (sys.executable, "-m", "tests.fuzz", *options)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("3 cases of seed 1: 0 failures\n")
+    assert run.stderr.startswith("3 cases, 0 failures")
 
 
 def test_the_truth_of_one_network_is_what_a_person_says_of_it() -> None:

@@ -127,7 +127,7 @@ class TestComparisons:
         assert found(losing, "at initialisation win").decision == "fails"
         assert "1 wins, 1 loses" in found(losing, "at initialisation win").figures
         later = record_of({DENSE: dense, ticket("kl", 1, scored_at=Step(epoch=9)): (0.91,) * 3})
-        assert found(later, "trained network win").paper == "papers/000, Table 1"
+        assert found(later, "trained network win").paper == "Jordao et al. 2023, Table 1"
 
 
 class TestUnanimous:

@@ -286,6 +286,61 @@ def test_distributed_data_parallel(name: str, tmp_path: Path) -> None:
         assert torch.equal(reduced[key].grad, parameter.grad), key
 
 
+# How a ticket, or a model, is wrapped where it is trained.
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": functools.partial(torch.compile, backend="eager"),
+    "data_parallel": nn.DataParallel,
+    "both": lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_ticket_is_saved_as_the_ticket(wrapper: str, tmp_path: Path) -> None:
+    ticket = copy.deepcopy(_ticket("resnet"))
+    wrapped = WRAPPERS[wrapper](ticket)
+    assert blockprune.plan_of(wrapped) == blockprune.plan_of(ticket)
+    with torch.no_grad():
+        next(wrapped.parameters()).add_(1.0)  # as training through the wrapper would
+    blockprune.save_ticket(wrapped, tmp_path / "ticket.safetensors")
+    loaded = blockprune.load_ticket(_dense("resnet"), tmp_path / "ticket.safetensors")
+    assert loaded.state_dict().keys() == ticket.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[key], v) for key, v in ticket.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "around", [nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), nn.Sequential(nn.ReLU()), nn.Linear(2, 2)]
+)
+def test_a_module_around_no_ticket_has_no_plan(around: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(blockprune.TicketError, match=rf"this {type(around).__name__} is not"):
+        blockprune.plan_of(around)
+    with pytest.raises(blockprune.TicketError, match="not a ticket"):
+        blockprune.save_ticket(around, tmp_path / "ticket.safetensors")
+    both = nn.Sequential(nn.Linear(2, 2), copy.deepcopy(_ticket("resnet")))
+    with pytest.raises(blockprune.TicketError, match="this Sequential is not a ticket"):
+        blockprune.plan_of(both)
+
+
+@pytest.mark.parametrize("place", ["", "layer1"])
+def test_blocks_are_not_cut_out_of_what_was_compiled(place: str) -> None:
+    inputs, dense = MODELS["resnet"][1](), copy.deepcopy(_dense("resnet"))
+    compiled = torch.compile(dense.get_submodule(place), backend="eager")
+    if place:
+        setattr(dense, place, compiled)
+    model = dense if place else compiled
+    found = blockprune.find_blocks(model, inputs).names
+    inside, outside = found[0], [name for name in found if place and place not in name]
+    assert "_orig_mod" in inside
+    with pytest.raises(blockprune.TraceError, match=r"what torch\.compile returned"):
+        blockprune.remove_blocks(model, inside, inputs)
+    for name in outside[:1]:
+        ticket = blockprune.remove_blocks(model, name, inputs)
+        assert blockprune.plan_of(ticket).remove == (name,)
+    again = torch.compile(copy.deepcopy(_ticket("resnet")), backend="eager")
+    left = blockprune.find_blocks(again, inputs).names
+    with pytest.raises(blockprune.TraceError, match=r"the model is what torch\.compile"):
+        blockprune.remove_blocks(again, left[:1], inputs)
+
+
 # ---------------------------------------------------------------- other numbers
 
 

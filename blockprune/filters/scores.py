@@ -3,16 +3,16 @@
 For the weights `w` of one filter, their number `n`, the loss `L` of one batch and `g = dL/dw`, a
 filter's score is the mean over its weights of a number for each weight, higher being kept:
 
-==========  ===========================  =======================================================
-criterion   number for each weight       reads
-==========  ===========================  =======================================================
-``l1``      |w|                          nothing
-``l2``      w^2                          nothing
-``snip``    |w g|                        the first batch, batch normalisation in training mode
-``grasp``   w (H g)                      the first batch in two halves, T = 200, the same mode
-``taylor``  |w (sum over batches of g)|  every batch, in evaluation mode
-``random``  one draw for each filter     nothing
-==========  ===========================  =======================================================
+==========  =============================  =======================================================
+criterion   number for each weight         reads
+==========  =============================  =======================================================
+``l1``      `|w|`                          nothing
+``l2``      `w^2`                          nothing
+``snip``    `|w g|`                        the first batch, batch normalisation in training mode
+``grasp``   `w (H g)`                      the first batch in two halves, T = 200, the same mode
+``taylor``  `|w (sum over batches of g)|`  every batch, in evaluation mode
+``random``  one draw for each filter       nothing
+==========  =============================  =======================================================
 
 These are the definitions of `blockprune.criteria`, taken filter by filter. `H` is the Hessian over
 all weights of the model. Before batch normalisation in training mode a filter's scale has no effect

@@ -57,7 +57,7 @@ def findings_section(cases: Cases) -> Section | None:
         (f.claim, (Cell(f.paper), Cell(f.decision, is_best=f.decision == "holds"), Cell(f.figures)))
         for f in findings
     )
-    table = Table("", "claim", ("paper", "here", "figures"), rows)
+    table = Table("", "claim", ("paper", "here", "figures"), rows, is_prose=True)
     return Section(
         "findings",
         "Findings",
@@ -66,6 +66,10 @@ def findings_section(cases: Cases) -> Section | None:
             "Each is decided by rule from the figures below: by intervals of differences paired "
             "over seeds, or by all seeds being of one mind. Undecided is what few seeds mostly "
             "give. Nothing here was seen on the papers' own data unless the data above are.",
+            "Jordao et al., “When layers play the lottery, all tickets win at initialization”, "
+            "2023; “Considering layerwise importance in the lottery ticket hypothesis”, 2023; Frankle et "
+            "al., “Stabilizing the lottery ticket hypothesis”, 2019, and “Linear mode connectivity "
+            "and the lottery ticket hypothesis”, 2020.",
         ),
         (Part(tables=(table,)),),
     )
@@ -88,8 +92,8 @@ def _at_initialisation(cases: Cases) -> Iterator[Finding]:
     tickets = [case for case in of_blocks if _is_untrained(case)]
     trained = [c for c in of_blocks if c.scored_at not in (None, INITIALISATION)]
     for paper, members, words in (
-        ("papers/000, Table 1", trained, "scored in a trained network"),
-        ("papers/000, Table 2", tickets, "found at initialisation"),
+        ("Jordao et al. 2023, Table 1", trained, "scored in a trained network"),
+        ("Jordao et al. 2023, Table 2", tickets, "found at initialisation"),
     ):
         verdicts = [v.verdict for case in members if (v := cases.verdict(case)) and v.interval]
         if not verdicts:
@@ -107,7 +111,7 @@ def _at_initialisation(cases: Cases) -> Iterator[Finding]:
         )
     yield from _against(
         cases,
-        "papers/000, Table 2",
+        "Jordao et al. 2023, Table 2",
         "GraSP finds better tickets of blocks than SNIP.",
         [(case, case.model_copy(update={"criterion": "snip"})) for case in tickets
          if case.criterion == "grasp"],
@@ -129,7 +133,7 @@ def _filters(cases: Cases) -> Iterator[Finding]:
         ]
         yield from _against(
             cases,
-            "papers/000, Table 3" if other == "filters" else "papers/001, open question",
+            "Jordao et al. 2023, Table 3" if other == "filters" else "open question",
             f"Tickets of blocks are better than those of as many {words}.",
             pairs,
         )
@@ -163,14 +167,14 @@ def _levels(cases: Cases) -> Iterator[Finding]:
             if name in by_name and (last := max(by_name[name])) in plain
         ]
         claim = f"At the last level softmax and min-max fall behind magnitude ({group})."
-        yield from _against(cases, "papers/003, 3.1", claim, late)
+        yield from _against(cases, "Layerwise importance, 3.1", claim, late)
         random = [
             (case, control.case)
             for case in members
             if (control := cases.random_of(case)) is not None
         ]
         claim = f"Tickets of weights are better than random masks of their proportions ({group})."
-        yield from _against(cases, "papers/004, Figure 3", claim, random)
+        yield from _against(cases, "Frankle et al. 2019, Figure 3", claim, random)
 
 
 def _groups(cases: Cases) -> list[tuple[str, list[TicketCase]]]:
@@ -191,7 +195,7 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
         shares = [one.of_surviving for one in found]
         chance = statistics.fmean(one.expected for one in found)
         yield Finding(
-            "papers/003, 5",
+            "Layerwise importance, 5",
             "Tickets of one initialisation under different importances share few connections.",
             "holds" if max(shares) < FEW else "fails" if min(shares) >= FEW else "undecided",
             f"At level {last}, {widest} tickets share {100 * statistics.fmean(shares):.1f} % of "
@@ -208,7 +212,7 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
         more = sum(again > expected for again, expected in kept.values())
         ratio = statistics.fmean(a / e for a, e in kept.values() if e) - 1
         yield Finding(
-            "papers/003, 5",
+            "Layerwise importance, 5",
             "What tickets share survives a partial re-initialisation more often than by chance.",
             _unanimous(more, len(kept)),
             f"More in {more} of {len(kept)} tickets; {100 * ratio:+.1f} % on the mean.",
@@ -231,7 +235,7 @@ def _steadiness(cases: Cases) -> Iterator[Finding]:
         apart = sum(shared != other for shared, other in pairs)
         means = [statistics.fmean(pair[k] for pair in pairs) for k in (0, 1)]
         yield Finding(
-            "papers/003, Figure 2",
+            "Layerwise importance, Figure 2",
             f"Connections that tickets share {words} than others.",
             _unanimous(fewer, apart),
             f"In {fewer} of {apart} tickets where they differ; {name} {means[0]:.3g} against "
@@ -255,7 +259,7 @@ def _stability(cases: Cases) -> Iterator[Finding]:
             ratios = [getattr(b, noise).l2 / getattr(a, noise).l2 for a, b in pairs
                       if getattr(a, noise).l2]  # fmt: skip
             yield Finding(
-                "papers/004, Figure 3",
+                "Frankle et al. 2019, Figure 3",
                 f"Tickets of weights are more stable to {words} than random masks.",
                 _unanimous(sum(ratio > 1 for ratio in ratios), len(ratios)),
                 f"Random ones end {statistics.fmean(ratios):.2f} times as far apart on the mean, "
@@ -280,7 +284,7 @@ def _later(
         closer = sum(getattr(b, noise).l2 < getattr(a, noise).l2 for a, b in ends)
         means = [statistics.fmean(getattr(pair[k], noise).l2 for pair in ends) for k in (0, 1)]
         yield Finding(
-            "papers/004, Figure 4",
+            "Frankle et al. 2019, Figure 4",
             f"Tickets rewound later are more stable to {words}.",
             _unanimous(closer, len(ends)),
             f"L2 {means[0]:.2f} at the first moment, {means[1]:.2f} at the last; closer in "
@@ -293,7 +297,7 @@ def _later_accuracy(cases: Cases) -> Iterator[Finding]:
     last = max((case.level for case in levels), default=0)
     ends = [(b, a) for a, b in _ends([case for case in levels if case.level == last])]
     claim = "Tickets of the last level that are rewound later are better."
-    yield from _against(cases, "papers/004, Figure 4", claim, ends)
+    yield from _against(cases, "Frankle et al. 2019, Figure 4", claim, ends)
 
 
 def _ends(members: Sequence[TicketCase]) -> list[tuple[TicketCase, TicketCase]]:
@@ -316,7 +320,7 @@ def _connected(cases: Cases) -> Iterator[Finding]:
     stable = sum(one.instability < STABLE for one in lines)
     values = [100 * one.instability for one in lines]
     yield Finding(
-        "Frankle et al., 2020",
+        "Frankle et al. 2020",
         "Tickets are linearly connected over orders of the data (instability below 2 points).",
         _unanimous(stable, len(lines)),
         f"{stable} of {len(lines)} are; instability {min(values):.2f} to {max(values):.2f} points.",
@@ -369,7 +373,7 @@ def _equal(
     low, high = interval
     within, beyond = -xi <= low and high <= xi, high < -xi or low > xi
     yield Finding(
-        "papers/003, 3.2",
+        "Layerwise importance, 3.2",
         claim,
         "holds" if within else "fails" if beyond else "undecided",
         f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "

@@ -40,6 +40,7 @@ class Table:
         columns: heads of the cells.
         rows: name and cells.
         notes: what must be known to read it.
+        is_prose: whether cells hold sentences, which break into lines.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     notes: tuple[str, ...] = ()
+    is_prose: bool = False
 
 
 @dataclass(frozen=True)

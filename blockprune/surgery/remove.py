@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
-from blockprune.errors import ApproximationWarning, StalePlanError
+from blockprune.errors import ApproximationWarning, StalePlanError, TraceError
 from blockprune.granularity import Granularity
 from blockprune.plan import PruningPlan
 from blockprune.surgery.caches import fill_cache_slots
@@ -73,7 +74,8 @@ def remove_blocks(
         BlockNotFoundError, BlockNotRemovableError: a name is not that of a removable block.
         StalePlanError: the plan was made for a model of another structure.
         VerificationError: the ticket is not equal to its reference; nothing is returned.
-        TraceError: the model does not run on `example_inputs`.
+        TraceError: the model does not run on `example_inputs`, or a block is inside what
+            `torch.compile` returned.
 
     Example:
         >>> import torch, blockprune
@@ -128,6 +130,7 @@ def cut_blocks(
     for region in analysis.traced.regions:
         if region.path == "" and region.path not in graphs:
             graphs[""], references[""] = copy_graph(region.graph)[0], copy_graph(region.graph)[0]
+    _refuse_compiled(model, graphs)
     # A root that is a graph has no lists.
     has_lists = "" not in graphs and bool(layers_to_take_out(model, analysis.cuts, cuts)[0])
     with isolated():
@@ -165,6 +168,25 @@ def cut_blocks(
     earlier = record_of(model)
     attach(form.ticket, record if earlier is None else _after(earlier, plan, record))
     return form.ticket
+
+
+def _refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse to put a graph inside a compiled module, which goes on calling what it compiled.
+
+    Raises:
+        TraceError: names that module.
+    """
+    for path in paths:
+        parts = path.split(".") if path else []
+        for end in range(len(parts) + 1):
+            outer = ".".join(parts[:end])
+            if isinstance(model.get_submodule(outer), torch._dynamo.OptimizedModule):
+                place = f"{outer!r}" if outer else "the model"
+                raise TraceError(
+                    f"{place} is what torch.compile returned, and would go on computing what it "
+                    "was made from. Remove blocks from the model as it was before (the _orig_mod "
+                    "of a compiled module), and compile the ticket."
+                )
 
 
 def _after(earlier: TicketRecord, plan: PruningPlan, record: TicketRecord) -> TicketRecord:

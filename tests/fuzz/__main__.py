@@ -22,6 +22,8 @@ def _results(cases: range, seed: int, jobs: int) -> Iterator[str | None]:
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         yield from pool.imap(check, cases, chunksize=8)  # in order: what is done is a range
+        pool.close()
+        pool.join()
 
 
 def main() -> int:

@@ -149,6 +149,9 @@ class _Writer:
         if name in with_helper:
             self.helpers.add(with_helper[name].partition("(")[0])
             return with_helper[name]
+        # Of all pools AvgPool3d alone refuses an image smaller than its kernel, which strides make.
+        downs = [part for part in self.recipe.body if getattr(part, "shortcut", "") == "down"]
+        pool = "1" if n == 3 and downs else "3, 1, 1"
         return {
             "": "nn.Identity()",
             "conv": conv if n else f"nn.Linear({c}, {c}, bias=False)",
@@ -168,7 +171,7 @@ class _Writer:
             "tanh": "nn.Tanh()",
             "drop": "nn.Dropout(0.2)",
             "drop_channels": f"nn.Dropout{n}d(0.2)",
-            "pool": f"nn.AvgPool{n}d(3, 1, 1)",
+            "pool": f"nn.AvgPool{n}d({pool})",
             "maxpool": f"nn.MaxPool{n}d(3, 1, 1)",
         }[name]
 
