@@ -67,9 +67,9 @@ def findings_section(cases: Cases) -> Section | None:
             "over seeds, or by all seeds being of one mind. Undecided is what few seeds mostly "
             "give. Nothing here was seen on the papers' own data unless the data above are.",
             "Jordao et al., “When layers play the lottery, all tickets win at initialization”, "
-            "2023; “Considering layerwise importance in the lottery ticket hypothesis”, 2023; Frankle et "
-            "al., “Stabilizing the lottery ticket hypothesis”, 2019, and “Linear mode connectivity "
-            "and the lottery ticket hypothesis”, 2020.",
+            "2023; “Considering layerwise importance in the lottery ticket hypothesis”, 2023; "
+            "Frankle et al., “Stabilizing the lottery ticket hypothesis”, 2019, and “Linear mode "
+            "connectivity and the lottery ticket hypothesis”, 2020.",
         ),
         (Part(tables=(table,)),),
     )
