@@ -245,15 +245,6 @@ def _try_codecarbon(_: Any) -> str:
     return f"energy was metered offline: {told or 'no part of this machine'}"
 
 
-def _try_kornia(kornia: Any) -> str:
-    from torch import ones
-
-    blurred = kornia.filters.gaussian_blur2d(ones(1, 1, 8, 8), (3, 3), (1.0, 1.0))
-    if tuple(blurred.shape) != (1, 1, 8, 8):
-        raise RuntimeError("a blurred image has another size")
-    return "an image was blurred"
-
-
 def _try_attacks(attacks: Any) -> str:
     import numpy
     from torch import nn
@@ -339,7 +330,6 @@ _PARTS: Final = (
     _Part("transformers", "transformers", _try_transformers),
     _Part("distributed", "distributed", _try_distributed),
     _Part("codecarbon", "codecarbon", _try_codecarbon),
-    _Part("kornia", "kornia", _try_kornia),
     _Part("adversarial-robustness-toolbox", "art.attacks.evasion", _try_attacks),
     _Part("onnxruntime", "onnxruntime", _try_onnxruntime),
     _Part("onnxscript", "onnxscript", _try_onnxscript),

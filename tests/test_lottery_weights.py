@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from typer.testing import CliRunner
 
 from blockprune import find_blocks
+from blockprune.cli import app
 from blockprune.costs import block_costs
 from blockprune.data import load_digits
 from blockprune.errors import CriterionError, SpecError
@@ -22,6 +24,7 @@ from blockprune.lottery.record import NetworkRecord
 from blockprune.lottery.state import load_state
 from blockprune.lottery.training import evaluate, train
 from blockprune.lottery.work import order_seed
+from blockprune.report import read_run
 from tests.lottery_models import SPEC, Tiny, tiny
 
 LAYERS = ("stem", "blocks.0.conv", "blocks.1.conv", "blocks.2.conv", "head")
@@ -447,3 +450,21 @@ class TestSuites:
         with pytest.raises(SpecError) as caught:
             self.read(tmp_path, text)
         assert message in str(caught.value)
+
+    def test_each_run_has_its_folder_and_its_report(self, tmp_path: Path) -> None:
+        shared = {key: value for key, value in SPEC.items() if key != "name"}
+        runs = [{"name": name, "p": p} for name, p in (("one", 1), ("two", 2))]
+        text = json.dumps({**shared, "seeds": 1, "runs": runs})
+        (tmp_path / "suite.json").write_text(text)
+        out = tmp_path / "out"
+        command = ["lottery", "run", str(tmp_path / "suite.json"), "--out", str(out)]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        for name, p in (("one", 1), ("two", 2)):
+            record = read_run(out / name)
+            assert (record.name, network(record, kind="ticket").case.p) == (name, p)
+        told = CliRunner().invoke(app, ["report", str(out)])
+        assert told.exit_code == 0, told.output
+        index = (out / "report" / "index.html").read_text()
+        assert "one/report/report.html" in index
+        assert "two/report/report.html" in index
