@@ -8,11 +8,18 @@ from blockprune.robustness.record import (
     AttackChoice,
     AttackCurve,
     CorruptionAccuracy,
+    Picture,
     Proportion,
     RobustnessResult,
     ShiftAccuracy,
+    View,
 )
 from tests.fake_run import DENSE, chance, fake_run, ticket
+
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+"""A grey PNG of one pixel."""
 
 NAMES = (*COMMON_CORRUPTIONS[:4], "speckle_noise")
 EFFECTS = {
@@ -89,4 +96,14 @@ def result_of(effect: float, seed: int, *, flagged: bool = False) -> RobustnessR
         ece=0.02 + seed / 1000,
         agreement=None if effect == 0 else 0.9,
         examples=(3, 5),
+        pictures=(
+            Picture(
+                index=3,
+                label=7,
+                views=(
+                    View(name="clean", decided=7, png=PIXEL),
+                    View(name="fgsm", decided=1, png=PIXEL),
+                ),
+            ),
+        ),
     )

@@ -15,7 +15,7 @@ from blockprune.report.cases import Cases
 from blockprune.report.robust import robustness_section
 from blockprune.report.sections import Part, Section, Table
 from tests.browser import CHROMIUM, Browser
-from tests.fake_robustness import EFFECTS, NAMES, error_of, result_of, robust_run
+from tests.fake_robustness import EFFECTS, NAMES, PIXEL, error_of, result_of, robust_run
 from tests.fake_run import DENSE, chance, fake_run, ticket
 
 SEEDS = (0, 1, 2)
@@ -54,6 +54,17 @@ def mean_error(effect: float, seed: int) -> float:
         for place in range(len(NAMES) - 1)
         for severity in range(1, 6)
     )
+
+
+def test_pictures_stand_in_the_page_itself(run: RunRecord) -> None:
+    examples = part(section_of(run), "Examples")
+    # The dense network and three tickets; controls are not shown.
+    assert len(examples.figures) == 4
+    drawing = examples.figures[0].drawing
+    assert drawing.count("<image") == 2
+    assert f'href="data:image/png;base64,{PIXEL}"' in drawing
+    assert "✗ 1" in drawing
+    assert page_html(run).count(PIXEL) == 8
 
 
 class TestAnswer:

@@ -13,7 +13,7 @@ from typing import Final
 from blockprune.lottery.record import TicketCase
 from blockprune.lottery.verdicts import paired_interval
 from blockprune.report.cases import Cases
-from blockprune.report.robust_charts import robust_charts
+from blockprune.report.robust_charts import example_pictures, robust_charts
 from blockprune.report.robust_figures import Measure, Robust, measures_of
 from blockprune.report.sections import ABSENT, Cell, Part, Section, Table, best_of, spread_of
 from blockprune.robustness.record import COMMON_CORRUPTIONS
@@ -42,6 +42,14 @@ def robustness_section(cases: Cases) -> Section | None:
     figures = robust_charts(robust)
     if figures:
         parts.append(Part("Against severity and epsilon", (_on_curves(),), figures=figures))
+    pictures = example_pictures(robust)
+    if pictures:
+        said = (
+            "Test images of the first seed that the network is right on, and what it sees in them: "
+            "clean, under the corruption that costs it most, and under each attack at its largest "
+            "epsilon. The number is the class it decides on, ✗ a wrong one."
+        )
+        parts.append(Part("Examples", (said,), figures=pictures))
     corruptions = _by_corruption(robust)
     if corruptions.rows:
         parts.append(Part("Each corruption", tables=(corruptions,), is_folded=True))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
 
 from blockprune.lottery.record import TicketCase
 from blockprune.report.cases import DENSE
 from blockprune.report.robust_figures import Robust, attack_title
-from blockprune.report.svg import Figure, Plot, span_of
-from blockprune.robustness.record import AttackCurve, RobustnessResult
+from blockprune.report.svg import Drawing, Figure, Plot, span_of
+from blockprune.robustness.record import AttackCurve, Picture, RobustnessResult
 
-__all__ = ["robust_charts"]
+__all__ = ["example_pictures", "robust_charts"]
+
+TILE, GAP, HEAD, NAMES = 84, 10, 16, 34
+"""Of a picture of an image, what is between two, the line above one, and the names on top."""
 
 Curve = Mapping[float, float]
 """Accuracy in percent by place."""
@@ -30,6 +34,51 @@ def robust_charts(robust: Robust) -> tuple[Figure, ...]:
         made_on_dense = _by_epsilon(title, is_transferred=True)
         charts.append(_chart(robust, f"{title}, made on dense", axis, made_on_dense))
     return tuple(chart for chart in charts if chart is not None)
+
+
+def example_pictures(robust: Robust) -> tuple[Figure, ...]:
+    """Return, for the first seed of the dense network and of each ticket, a few images."""
+    return tuple(
+        _pictures(case.label(), found[min(found)].pictures)
+        for case, found in robust.results.items()
+        if case.kind in ("dense", "ticket") and found and found[min(found)].pictures
+    )
+
+
+def _pictures(title: str, pictures: Sequence[Picture]) -> Figure:
+    """Return a row for each image and a column for each view of it."""
+    columns = max(len(picture.views) for picture in pictures)
+    width = GAP + columns * (TILE + GAP)
+    drawing = Drawing(
+        f"Test images and what {title} sees in them",
+        width=width,
+        height=NAMES + len(pictures) * (TILE + HEAD + GAP),
+    )
+    for row, picture in enumerate(pictures):
+        top = NAMES + row * (TILE + HEAD + GAP)
+        for column, view in enumerate(picture.views):
+            left = GAP + column * (TILE + GAP)
+            if row == 0:
+                for line, words in enumerate(wrap(view.name, 13)[:2]):
+                    drawing.text(left, 12 + 12 * line, words, "note")
+            is_right = view.decided == picture.label
+            drawing.text(
+                left,
+                top + 11,
+                f"{'' if is_right else '✗ '}{view.decided}",
+                "" if is_right else "bad",
+            )
+            place = {"x": left, "y": top + HEAD, "width": TILE, "height": TILE}
+            drawing.add_shape(
+                "image",
+                "pixels",
+                {
+                    "href": f"data:image/png;base64,{view.png}",
+                    **{name: str(value) for name, value in place.items()},
+                },
+                said=f"image {picture.index} shows {picture.label}, seen as {view.decided}",
+            )
+    return Figure(title, drawing.svg(), width=width)
 
 
 def _by_severity(result: RobustnessResult) -> Curve:

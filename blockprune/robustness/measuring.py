@@ -22,6 +22,7 @@ from blockprune.robustness.measures import (
     severity_errors,
 )
 from blockprune.robustness.normalising import Normalised, PixelData, logits_of
+from blockprune.robustness.pictures import pictures_of
 from blockprune.robustness.record import (
     COMMON_CORRUPTIONS,
     SEVERITIES,
@@ -119,6 +120,16 @@ def robustness_of(
     shifted = tuple(work.shifted(shifts or {}))
     under_attack = work.attacked(attacks, samples) if attacks else UnderAttack()
     errors = corruption_errors(rows)
+    examples = under_attack.examples or _first_right(logits, data.labels)
+    pictures = pictures_of(
+        work.model,
+        data,
+        examples,
+        # Those in files are of other images, or in another order.
+        corruptions=rows if files is None else (),
+        attacks=attacks,
+        seed=seed,
+    )
     return RobustnessResult(
         seed=seed,
         clean=clean,
@@ -134,7 +145,8 @@ def robustness_of(
         flags=under_attack.flags,
         ece=expected_calibration_error(logits, data.labels),
         agreement=alike,
-        examples=under_attack.examples or _first_right(logits, data.labels),
+        examples=examples,
+        pictures=pictures,
     ).model_dump(mode="json")
 
 

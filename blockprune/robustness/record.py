@@ -24,10 +24,12 @@ __all__ = [
     "AttackName",
     "CorruptionAccuracy",
     "Normalisation",
+    "Picture",
     "Proportion",
     "RobustnessChoice",
     "RobustnessResult",
     "ShiftAccuracy",
+    "View",
 ]
 
 COMMON_CORRUPTIONS = (
@@ -268,6 +270,28 @@ class AttackCurve(_Value):
         return self
 
 
+class View(_Value):
+    """A picture of a test image.
+
+    Attributes:
+        name: "clean", a corruption with its severity, or an attack.
+        decided: the class that the network sees in it.
+        png: the picture, a PNG file in base64.
+    """
+
+    name: str
+    decided: int
+    png: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=200_000)]
+
+
+class Picture(_Value):
+    """A test image in several views; `label` is what it shows."""
+
+    index: Annotated[int, Field(ge=0)]
+    label: int
+    views: tuple[View, ...]
+
+
 class RobustnessResult(_Value):
     """How one network stands up; what `robustness_of` returns, as JSON.
 
@@ -291,6 +315,7 @@ class RobustnessResult(_Value):
         agreement: share of clean images on which this network and the dense one decide alike;
             None without a dense one.
         examples: indices of a few test images that are right clean, wrong under attack first.
+        pictures: of the first of these, clean, corrupted and attacked.
     """
 
     seed: int
@@ -308,3 +333,4 @@ class RobustnessResult(_Value):
     ece: Share
     agreement: Share | None
     examples: tuple[int, ...]
+    pictures: tuple[Picture, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from blockprune.errors import DataError, MeasurementError
@@ -24,6 +27,7 @@ from blockprune.robustness import (
     pixels_of,
     robustness_of,
 )
+from blockprune.robustness.pictures import pictures_of
 
 
 def test_the_whole_record(digits) -> None:
@@ -70,7 +74,42 @@ def test_the_whole_record(digits) -> None:
     assert result.zero_gradients == 0
     assert 0.5 < result.agreement <= 1
     assert len(result.examples) == 8
+    check_pictures(result, model, data, normalisation)
     assert [done for done, _, _ in told] == list(range(1, told[-1][1] + 1))
+
+
+def check_pictures(result, model, data, normalisation) -> None:
+    """Compare what the pictures show with the images, and the decisions with the model's."""
+    assert [picture.index for picture in result.pictures] == list(result.examples[:4])
+    for picture in result.pictures:
+        assert picture.label == data.labels[picture.index]
+        names = [view.name for view in picture.views]
+        assert names[0] == "clean"
+        assert names[1].startswith(("fog", "saturate"))
+        assert names[2:] == [curve.choice.name for curve in result.attacks]
+        for view in picture.views:
+            shown = Image.open(io.BytesIO(base64.b64decode(view.png)))
+            assert (shown.format, shown.size) == ("PNG", (8, 8))
+        clean = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.views[0].png))))
+        pixels = data.images[picture.index, 0].numpy()
+        assert np.abs(clean / 255 - pixels).max() <= 0.5 / 255 + 1e-6
+        with torch.no_grad():
+            own = data.images[picture.index :][:1] - normalisation.mean[0]
+            decided = model(own / normalisation.deviation[0]).argmax(1).item()
+        assert picture.views[0].decided == decided == picture.label
+
+
+def test_large_images_are_made_small() -> None:
+    (picture,) = pictures_of(
+        Normalised(_Constant(), Normalisation()),
+        PixelData(torch.rand(1, 3, 40, 200), torch.zeros(1, dtype=torch.long)),
+        [0],
+        corruptions=(),
+        attacks=(),
+        seed=0,
+    )
+    shown = Image.open(io.BytesIO(base64.b64decode(picture.views[0].png)))
+    assert (shown.size, shown.mode) == ((96, 19), "RGB")
 
 
 def test_neither_corruption_nor_attack(digits) -> None:
