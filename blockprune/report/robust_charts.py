@@ -14,7 +14,7 @@ from blockprune.robustness.record import AttackCurve, Picture, RobustnessResult
 
 __all__ = ["example_pictures", "robust_charts"]
 
-TILE, GAP, HEAD, NAMES = 84, 10, 16, 34
+TILE, GAP, HEAD, NAMES = 76, 10, 16, 34
 """Of a picture of an image, what is between two, the line above one, and the names on top."""
 
 Curve = Mapping[float, float]
