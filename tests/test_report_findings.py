@@ -87,8 +87,8 @@ class TestComparisons:
         record = record_of(
             {DENSE: (0.9,) * 3, ticket("grasp", 1): (0.9, 0.91, 0.9), narrow: (0.8, 0.81, 0.8)}
         )
-        assert found(record, "of as many filters").decision == "holds"
-        assert "+10.00 points" in found(record, "of as many filters").figures
+        assert found(record, "of filters matched by filters").decision == "holds"
+        assert "+10.00 points" in found(record, "of filters matched by filters").figures
 
     @pytest.mark.parametrize(
         ("l1", "decision"),

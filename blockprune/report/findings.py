@@ -125,16 +125,18 @@ def _at_initialisation(cases: Cases) -> Iterator[Finding]:
 
 
 def _filters(cases: Cases) -> Iterator[Finding]:
-    for other, words in (("filters", "filters"), ("weights", "single weights")):
+    narrow = [case for case in cases.others if case.kind == "ticket" and case.matched]
+    for structure, matched in dict.fromkeys((case.structure, case.matched) for case in narrow):
         pairs = [
             (case.model_copy(update={"structure": "blocks", "matched": None}), case)
-            for case in cases.others
-            if case.kind == "ticket" and case.structure == other and case.matched
+            for case in narrow
+            if (case.structure, case.matched) == (structure, matched)
         ]
+        is_table_3 = (structure, matched) == ("filters", "filters")
         yield from _against(
             cases,
-            "Jordao et al. 2023, Table 3" if other == "filters" else "open question",
-            f"Tickets of blocks are better than those of as many {words}.",
+            "Jordao et al. 2023, Table 3" if is_table_3 else "open question",
+            f"Tickets of blocks are better than those of {structure} matched by {matched}.",
             pairs,
         )
 
