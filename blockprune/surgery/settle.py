@@ -61,15 +61,16 @@ def layers_to_take_out(
     loses such layers only: any other cut makes that region a graph, in which there are no lists.
     `lists`: paths of the lists that are looked at, None for all.
     """
-    gone = {cut.name for cut in chosen}
-    gone |= {name for cut in chosen for name in cuts.nested_in(cut)}
+    nested = {name for cut in chosen for name in cuts.nested_in(cut)}
+    gone = nested | {cut.name for cut in chosen}
+    # What lies wholly in branches that go vanishes with them.
     ways = {
         name: [cuts.branches[part] for part in parts]
         for name, parts in cuts.layers.items()
-        if gone.issuperset(parts)
+        if gone.issuperset(parts) and not nested.issuperset(parts)
     }
     for cut in chosen:
-        if not cut.branch.is_exact:
+        if not cut.branch.is_exact and cut.name not in nested:
             ways.setdefault(cut.name, []).append(cut)
     ways = {
         name: parts
