@@ -372,6 +372,12 @@ class TestRefused:
                 "stability.levels = [0]: levels are 1 .. 2",
             ),
             ({"levels": {"importances": "l1", "partial_reinit": True}}, "two importances or more"),
+            ({"levels": {"importances": "l1", "trained": 3}}, 'is of "one-shot" levels'),
+            (
+                {"levels": {"importances": "l1", "schedule": "one-shot", "trained": [1, 3],
+                            "controls_at": 2}},
+                "levels [2] are named",
+            ),
             (
                 {"levels": {"importances": ["l1", "l2"], "partial_reinit": True},
                  "weights": "reinit"},

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from blockprune.cli.lottery import INTERRUPTED, Bar
 from blockprune.cli.output import print_line, print_table, working
 from blockprune.errors import BlockpruneError, DataError, ModelSpecError, SpecError
+from blockprune.lottery.record import RunRecord
 from blockprune.report.robust_figures import measures_of
 from blockprune.robustness.record import RobustnessChoice, RobustnessResult
 
@@ -96,7 +98,7 @@ def of_run(
         The exit code: 0; 1 where something failed; 130 after Ctrl-C.
 
     Raises:
-        BlockpruneError: there is no such run, or it is of other data.
+        BlockpruneError: there is no such run, it is of other data, or its networks are not there.
     """
     from blockprune.lottery import Spec, run
     from blockprune.report import read_run
@@ -108,6 +110,7 @@ def of_run(
         raise BlockpruneError(
             f"--data {data} was asked for, and {folder} is a run on {name}: leave --data out."
         )
+    _check_networks(record, home)
     spec = Spec.parse({**record.spec, "robustness": choice.model_dump(mode="json")})
     try:
         with Bar() as bar:
@@ -185,15 +188,38 @@ def of_ticket(
     print_line(f"Written to {target}")
 
 
+def _check_networks(record: RunRecord, home: Path) -> None:
+    """Refuse a record without the trained networks, which would all be trained again."""
+    lost = dict.fromkeys(
+        one.stage for one in record.networks if not (home / "stages" / one.stage).is_dir()
+    )
+    if lost:
+        raise BlockpruneError(
+            f"{home} has results of {len(record.networks)} networks, but {home / 'stages'} lacks "
+            f"{len(lost)} of their trainings, such as {next(iter(lost))}. Give the folder that "
+            "`blockprune lottery run` wrote, whole."
+        )
+    made, own = record.environment.get("blockprune"), version("blockprune")
+    if made != own:
+        raise BlockpruneError(
+            f"{home} is a run of blockprune {made}, and this is {own}, which would train all of it "
+            f"again. Install blockprune {made}, or run its spec anew with a [robustness] table."
+        )
+
+
 def _built(model: str, arguments: Sequence[str]) -> Any:
     from blockprune.models.building import model_and_inputs, model_factory
 
     keywords = dict(_pair(text, "--model-argument", "KEY=VALUE") for text in arguments)
     factory = model_factory(model, {key: _value(text) for key, text in keywords.items()})
     try:
-        return model_and_inputs(model, factory())[0]
-    except TypeError as error:
-        raise ModelSpecError(f"{model} cannot be built with {keywords}: {error}") from error
+        built = factory()
+    # A factory may raise anything.
+    except Exception as error:
+        raise ModelSpecError(
+            f"{model} cannot be built with {keywords}: {type(error).__name__}: {error}"
+        ) from error
+    return model_and_inputs(model, built)[0]
 
 
 def _images(name: str, data_dir: Path | None, image_size: int | None, seed: int) -> Any:

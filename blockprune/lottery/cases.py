@@ -68,7 +68,10 @@ def cases_of(spec: Spec, ps: Sequence[int], moments: Moments) -> tuple[TicketCas
         *_levels(spec, moments),
     ]
     judged = [ticket for ticket in tickets if has_controls(spec, ticket)]
-    controls = [random_twin(ticket) for ticket in judged] if spec.controls.random else []
+    controls = []
+    if spec.controls.random:
+        of_random = dict.fromkeys(case for ticket in judged for case in _way_to(ticket))
+        controls += [random_twin(ticket) for ticket in tickets if ticket in of_random]
     if spec.controls.scratch:
         controls += [_from_scratch(ticket) for ticket in judged]
     return tuple(dict.fromkeys((DENSE, *tickets, *controls)))
@@ -189,6 +192,16 @@ def _levels(spec: Spec, moments: Moments) -> Iterator[TicketCase]:
 def _trained(levels: Levels, schedule: str) -> Sequence[int]:
     every = range(1, levels.count + 1)
     return levels.trained if schedule == "one-shot" and levels.trained else every
+
+
+def _way_to(ticket: TicketCase) -> list[TicketCase]:
+    """Return a ticket behind those that its random control needs the controls of.
+
+    Without a rewind of the weights, a level goes on from the trained control below it.
+    """
+    if ticket.weights not in ("learning-rate", "finetune") or ticket.schedule != "iterative":
+        return [ticket]
+    return [ticket.model_copy(update={"level": k}) for k in range(1, ticket.level)] + [ticket]
 
 
 def _from_scratch(ticket: TicketCase) -> TicketCase:

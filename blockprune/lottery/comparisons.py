@@ -62,6 +62,9 @@ def _connections(unfolding: Unfolding, seed: int) -> Iterator[Comparison]:
     for cases in _groups(unfolding):
         if cases[0].schedule != "iterative" or cases[0].level != _last(unfolding):
             continue
+        # No value of new weights goes on from the dense network's.
+        if cases[0].weights == "reinit":
+            continue
         masks = tuple(unfolding.choice(case, seed) for case in cases)
         for case in cases:
             trainings = tuple(unfolding.training(one, seed) for one in _rounds(case))

@@ -108,6 +108,9 @@ class TicketCase(_Value):
             words.append(str(self.weights))
         if self.rewound_to is not None and self.rewound_to != Step(epoch=0):
             words.append(f"rewound to {self.rewound_to}")
+        # New weights under the mask of a policy without a rewind, beside those of one with it.
+        if self.kind == "scratch" and self.level and self.rewound_to is None:
+            words.append("never rewound")
         # Levels are iterative unless they say otherwise, blocks are not.
         if self.schedule != ("iterative" if self.level else "one-shot"):
             words.append(self.schedule)

@@ -164,7 +164,9 @@ class Levels(_Table):
         "all are, since each needs the one before it.",
     )
     controls_at: Annotated[tuple[StrictInt, ...], BeforeValidator(_several)] = Field(
-        default=(), description="Levels at which controls run; none named: all of them."
+        default=(),
+        description="Levels at which controls run; none named: all of them. Random ones of final "
+        "weights also run at the levels before, which they go on from.",
     )
     partial_reinit: bool = Field(
         default=False,
@@ -473,6 +475,16 @@ class Spec(_Table):
         for field, chosen in named.items():
             if not all(1 <= level <= levels.count for level in chosen):
                 raise ValueError(f"{field} = {list(chosen)}: levels are 1 .. {levels.count}")
+        if levels.trained and "one-shot" not in levels.schedule:
+            raise ValueError(
+                'levels.trained is of "one-shot" levels: iterative ones are all trained'
+            )
+        untrained = {*named["levels.controls_at"], *named["stability.levels"]} - {*levels.trained}
+        if levels.schedule == ("one-shot",) and levels.trained and untrained:
+            raise ValueError(
+                f"levels {sorted(untrained)} are named, and levels.trained = "
+                f"{list(levels.trained)} leaves them out"
+            )
         if levels.partial_reinit and (
             len(levels.importances) < 2 or "iterative" not in levels.schedule
         ):

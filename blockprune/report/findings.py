@@ -1,14 +1,16 @@
 """What the papers found, and whether this run shows the same: decided by rule from its figures.
 
-Differences are paired by seed, in points of test accuracy, with intervals of Student's t as for
-verdicts. A finding *holds* or *fails* where the intervals say so, and is *undecided* where they do
-not: with few seeds that is the usual answer, and no sign against the paper.
+Differences are paired by seed, with intervals of Student's t as for verdicts. What a seed says is
+the mean over all that is compared in it, since tickets of one seed are not independent; a seed that
+lacks one of them says nothing. A finding *holds* or *fails* where the interval says so, and is
+*undecided* where it does not: with few seeds that is the usual answer, and no sign against the
+paper.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,9 +65,9 @@ def findings_section(cases: Cases) -> Section | None:
         "Findings",
         "What the papers found, and this run",
         (
-            "Each is decided by rule from the figures below: by intervals of differences paired "
-            "over seeds, or by all seeds being of one mind. Undecided is what few seeds mostly "
-            "give. Nothing here was seen on the papers' own data unless the data above are.",
+            "Each is decided by rule from the figures below, by the interval of a difference "
+            "paired over seeds. Undecided is what few seeds mostly give, and one seed always. "
+            "Nothing here was seen on the papers' own data unless the data above are.",
             "Jordao et al., “When layers play the lottery, all tickets win at initialization”, "
             "2023; “Considering layerwise importance in the lottery ticket hypothesis”, 2023; "
             "Frankle et al., “Stabilizing the lottery ticket hypothesis”, 2019, and “Linear mode "
@@ -90,7 +92,11 @@ def findings_of(cases: Cases) -> tuple[Finding, ...]:
 def _at_initialisation(cases: Cases) -> Iterator[Finding]:
     of_blocks = [case for case in cases.tickets if case.structure == "blocks"]
     tickets = [case for case in of_blocks if _is_untrained(case)]
-    trained = [c for c in of_blocks if c.scored_at not in (None, INITIALISATION)]
+    trained = [
+        case
+        for case in of_blocks
+        if case.scored_at not in (None, INITIALISATION) and case.weights == "rewind"
+    ]
     for paper, members, words in (
         ("Jordao et al. 2023, Table 1", trained, "scored in a trained network"),
         ("Jordao et al. 2023, Table 2", tickets, "found at initialisation"),
@@ -157,9 +163,7 @@ def _levels(cases: Cases) -> Iterator[Finding]:
         by_name: dict[str, dict[int, TicketCase]] = {}
         for case in members:
             by_name.setdefault(str(case.criterion), {})[case.level] = case
-        if "magnitude" not in by_name:
-            continue
-        plain = by_name["magnitude"]
+        plain = by_name.get("magnitude", {})
         others = [by_name[name] for name in ALIKE[1:] if name in by_name]
         alike = [(found[n], plain[n]) for found in others for n in found if n in plain]
         yield from _equal(cases, f"L1 and L2 find tickets as good as magnitude ({group}).", alike)
@@ -194,14 +198,19 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
         last = max(one.cases[0].level for one in overlaps)
         widest = max(len(one.cases) for one in overlaps)
         found = [o for o in overlaps if o.cases[0].level == last and len(o.cases) == widest]
-        shares = [one.of_surviving for one in found]
-        chance = statistics.fmean(one.expected for one in found)
+        share, chance = (
+            statistics.fmean(values)
+            for values in zip(*((one.of_surviving, one.expected) for one in found), strict=True)
+        )
+        decision, said = _above_zero(
+            cases, ((one.cases, one.seed, FEW - one.of_surviving) for one in found)
+        )
         yield Finding(
             "Layerwise importance, 5",
             "Tickets of one initialisation under different importances share few connections.",
-            "holds" if max(shares) < FEW else "fails" if min(shares) >= FEW else "undecided",
-            f"At level {last}, {widest} tickets share {100 * statistics.fmean(shares):.1f} % of "
-            f"the smallest one's connections, {100 * chance:.1f} % by chance.",
+            decision,
+            f"At level {last}, {widest} tickets share {100 * share:.1f} % of the smallest one's "
+            f"connections, {100 * chance:.1f} % by chance; below {100 * FEW:.0f} % is few, {said}.",
         )
     kept: dict[tuple[TicketCase, int], tuple[int, float]] = {
         (one.case, one.seed): (
@@ -212,12 +221,14 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
     }
     if kept:
         more = sum(again > expected for again, expected in kept.values())
-        ratio = statistics.fmean(a / e for a, e in kept.values() if e) - 1
+        beyond = {key: again / expected - 1 for key, (again, expected) in kept.items() if expected}
+        mean = statistics.fmean(beyond.values() or (0.0,))
+        decision, said = _above_zero(cases, ((case, s, v) for (case, s), v in beyond.items()))
         yield Finding(
             "Layerwise importance, 5",
             "What tickets share survives a partial re-initialisation more often than by chance.",
-            _unanimous(more, len(kept)),
-            f"More in {more} of {len(kept)} tickets; {100 * ratio:+.1f} % on the mean.",
+            decision,
+            f"More in {more} of {len(kept)} tickets; {100 * mean:+.1f} % on the mean, {said}.",
         )
 
 
@@ -226,22 +237,25 @@ def _steadiness(cases: Cases) -> Iterator[Finding]:
         (("vary less from round to round", "spread"), ("flip their signs less often", "sign flips"))
     ):
         pairs = [
-            (shared, other)
+            (one, shared, other)
             for one in cases.record.connections
             for shared, other in ((one.spread, one.sign_flips)[place],)
             if shared is not None and other is not None
         ]
         if not pairs:
             continue
-        fewer = sum(shared < other for shared, other in pairs)
-        apart = sum(shared != other for shared, other in pairs)
-        means = [statistics.fmean(pair[k] for pair in pairs) for k in (0, 1)]
+        fewer = sum(shared < other for _, shared, other in pairs)
+        apart = sum(shared != other for _, shared, other in pairs)
+        means = [statistics.fmean(values) for values in zip(*(p[1:] for p in pairs), strict=True)]
+        decision, said = _above_zero(
+            cases, ((one.case, one.seed, other - shared) for one, shared, other in pairs)
+        )
         yield Finding(
             "Layerwise importance, Figure 2",
             f"Connections that tickets share {words} than others.",
-            _unanimous(fewer, apart),
+            decision,
             f"In {fewer} of {apart} tickets where they differ; {name} {means[0]:.3g} against "
-            f"{means[1]:.3g} on the mean.",
+            f"{means[1]:.3g} on the mean, {said}.",
         )
 
 
@@ -257,23 +271,26 @@ def _stability(cases: Cases) -> Iterator[Finding]:
         and (chance := case.model_copy(update={"kind": "random"}), seed) in found
     ]
     for words, noise in (("pruning", "to_pruning"), ("the order of the data", "to_order")):
-        if pairs:
-            ratios = [getattr(b, noise).l2 / getattr(a, noise).l2 for a, b in pairs
-                      if getattr(a, noise).l2]  # fmt: skip
+        apart = [(one, getattr(one, noise).l2, getattr(other, noise).l2) for one, other in pairs]
+        ratios = [other / own for _, own, other in apart if own]
+        if ratios:
+            decision, said = _above_zero(
+                cases, ((one.case, one.seed, other - own) for one, own, other in apart)
+            )
             yield Finding(
                 "Frankle et al. 2019, Figure 3",
                 f"Tickets of weights are more stable to {words} than random masks.",
-                _unanimous(sum(ratio > 1 for ratio in ratios), len(ratios)),
+                decision,
                 f"Random ones end {statistics.fmean(ratios):.2f} times as far apart on the mean, "
-                f"{min(ratios):.2f} to {max(ratios):.2f}.",
+                f"{min(ratios):.2f} to {max(ratios):.2f}; in L2 the difference is {said}.",
             )
-        yield from _later(found, words, noise)
+        yield from _later(cases, found, words, noise)
     yield from _later_accuracy(cases)
     yield from _connected(cases)
 
 
 def _later(
-    found: dict[tuple[TicketCase, int], StabilityRecord], words: str, noise: str
+    cases: Cases, found: dict[tuple[TicketCase, int], StabilityRecord], words: str, noise: str
 ) -> Iterator[Finding]:
     """Compare the first with the last moment that tickets are rewound to."""
     ends = [
@@ -283,14 +300,18 @@ def _later(
         if (first, seed) in found and (last, seed) in found
     ]
     if ends:
-        closer = sum(getattr(b, noise).l2 < getattr(a, noise).l2 for a, b in ends)
-        means = [statistics.fmean(getattr(pair[k], noise).l2 for pair in ends) for k in (0, 1)]
+        lengths = [(a, getattr(a, noise).l2, getattr(b, noise).l2) for a, b in ends]
+        closer = sum(last < first for _, first, last in lengths)
+        means = [statistics.fmean(values) for values in zip(*(e[1:] for e in lengths), strict=True)]
+        decision, said = _above_zero(
+            cases, ((one.case, one.seed, first - last) for one, first, last in lengths)
+        )
         yield Finding(
             "Frankle et al. 2019, Figure 4",
             f"Tickets rewound later are more stable to {words}.",
-            _unanimous(closer, len(ends)),
+            decision,
             f"L2 {means[0]:.2f} at the first moment, {means[1]:.2f} at the last; closer in "
-            f"{closer} of {len(ends)} tickets.",
+            f"{closer} of {len(ends)} tickets, {said}.",
         )
 
 
@@ -321,11 +342,15 @@ def _connected(cases: Cases) -> Iterator[Finding]:
         return
     stable = sum(one.instability < STABLE for one in lines)
     values = [100 * one.instability for one in lines]
+    decision, said = _above_zero(
+        cases, ((one.case, one.seed, 100 * (STABLE - one.instability)) for one in lines)
+    )
     yield Finding(
         "Frankle et al. 2020",
         "Tickets are linearly connected over orders of the data (instability below 2 points).",
-        _unanimous(stable, len(lines)),
-        f"{stable} of {len(lines)} are; instability {min(values):.2f} to {max(values):.2f} points.",
+        decision,
+        f"{stable} of {len(lines)} are; instability {min(values):.2f} to {max(values):.2f} points, "
+        f"below 2 by {said}.",
     )
 
 
@@ -341,26 +366,53 @@ def _against(
     if interval is None:
         return
     low, high = interval
-    decision: Decision = "holds" if low > 0 else "fails" if high < 0 else "undecided"
     yield Finding(
         paper,
         claim,
-        decision,
+        _sign(interval),
         f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
         f"of {len(pairs)} comparison{'' if len(pairs) == 1 else 's'}, {len(by_seed)} seeds.",
     )
 
 
 def _by_seed(cases: Cases, pairs: Sequence[tuple[TicketCase, TicketCase]]) -> dict[int, float]:
-    """Return, for each seed, the mean difference over the pairs that it has, in points."""
-    found: dict[int, list[float]] = {}
-    for one, other in pairs:
-        beside = {network.seed: network.accuracy for network in cases.networks(other)}
-        for network in cases.networks(one):
-            if network.seed in beside:
-                difference = 100 * (network.accuracy - beside[network.seed])
-                found.setdefault(network.seed, []).append(difference)
-    return {seed: statistics.fmean(values) for seed, values in found.items()}
+    """Return, for each seed that has all of the pairs, their mean difference, in points."""
+    return _means(
+        ((one, other), network.seed, 100 * (network.accuracy - beside.accuracy))
+        for one, other in pairs
+        for network in cases.networks(one)
+        for beside in cases.networks(other)
+        if beside.seed == network.seed
+    )
+
+
+def _means(found: Iterable[tuple[Hashable, int, float]]) -> dict[int, float]:
+    """Return the mean of what each seed has a value of, for the seeds that have all of it."""
+    values: dict[int, dict[Hashable, float]] = {}
+    for what, seed, value in found:
+        values.setdefault(seed, {})[what] = value
+    every = {what for of_seed in values.values() for what in of_seed}
+    return {
+        seed: statistics.fmean(of_seed.values())
+        for seed, of_seed in values.items()
+        if len(of_seed) == len(every)
+    }
+
+
+def _above_zero(cases: Cases, found: Iterable[tuple[Hashable, int, float]]) -> tuple[Decision, str]:
+    """Decide whether values are above 0, on the mean of a seed, and say their interval."""
+    by_seed = _means(found)
+    interval = paired_interval([*by_seed.values()], cases.record.confidence)
+    if interval is None:
+        return "undecided", f"no interval of {len(by_seed)} seed{'' if len(by_seed) == 1 else 's'}"
+    low, high = interval
+    mean = statistics.fmean(by_seed.values())
+    return _sign(interval), f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] over {len(by_seed)} seeds"
+
+
+def _sign(interval: tuple[float, float]) -> Decision:
+    low, high = interval
+    return "holds" if low > 0 else "fails" if high < 0 else "undecided"
 
 
 def _equal(
@@ -381,10 +433,3 @@ def _equal(
         f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
         f"of {len(pairs)} comparisons, with a tolerance of {xi:g}, {len(by_seed)} seeds.",
     )
-
-
-def _unanimous(yes: int, of: int) -> Decision:
-    """Return whether all say yes, none does, or they differ."""
-    if not of:
-        return "undecided"
-    return "holds" if yes == of else "fails" if yes == 0 else "undecided"

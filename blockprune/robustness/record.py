@@ -208,6 +208,8 @@ class RobustnessChoice(_Value):
     def _something(self) -> RobustnessChoice:
         if not self.severities and self.corruptions:
             raise ValueError("severities is empty: name some of 1 to 5, or no corruptions")
+        if len(set(self.severities)) < len(self.severities):
+            raise ValueError(f"a severity is named twice: {', '.join(map(str, self.severities))}")
         if len({attack.name for attack in self.attacks}) < len(self.attacks):
             raise ValueError("an attack is named twice; give several epsilons to one")
         if self.corruption_files is not None and not self.corruptions:

@@ -127,7 +127,7 @@ def filters(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
         _weighted(bench, model, inputs["source"]),
         inputs["criterion"],
         balanced_batch(images.train, images.num_classes, inputs["images_per_class"], seed=seed),
-        example_inputs=setting.image,
+        example_inputs=setting.image.to(device()),
         seed=seed,
     )
     by = "count" if inputs["by"] == "filters" else inputs["by"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from blockprune.data import make_loader, size_of
+from blockprune.data import EpochSampler, SeededItems, make_loader, size_of
 from blockprune.lottery.checkpoints import FINAL
 from blockprune.lottery.state import load_state
 from blockprune.lottery.training import evaluate
@@ -106,7 +106,10 @@ def line(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     del folder
     network = cut_network(bench, inputs["seed"], inputs["cut"])
     images = bench.setting.images
-    seen = Subset(images.train, range(min(size_of(images.train), STATISTICS_IMAGES)))
+    first = range(min(size_of(images.train), STATISTICS_IMAGES))
+    # What augmentation draws hangs on the seed, and on nothing that ran before.
+    order = EpochSampler(len(first), inputs["seed"])
+    seen = SeededItems(Subset(images.train, first), order)
     here = device()
 
     def error(model: nn.Module) -> float:

@@ -36,13 +36,15 @@ def evaluation(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     load_state(bench.store.folder / inputs["network"] / FINAL).load_into(network.model)
     analysis = bench.setting.analyse(bench.setting.build(inputs["seed"]))
     merges = sum(len(stage.blocks) + stage.fixed for stage in analysis.stages)
+    # Before the test, which moves the network to where it runs: the image is not there.
+    costs = _costs(network, bench.setting.image)
     result = evaluate(network.model, bench.setting.images.test, workers=bench.job.workers)
     return {
         "accuracy": result.accuracy,
         "loss": result.loss,
         "blocks": merges - len(network.removed),
         "filters": filter_count(network.model),
-        **_costs(network, bench.setting.image),
+        **costs,
     }, {}
 
 

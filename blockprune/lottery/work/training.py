@@ -53,7 +53,15 @@ def ticket(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
         **how,
     )
     with network.holding():
-        return bench.train(network.model, inputs, folder, recipe=start.recipe, start=start.state)
+        return bench.train(
+            network.model,
+            inputs,
+            folder,
+            recipe=start.recipe,
+            start=start.state,
+            # The next level may go on from here.
+            with_optimizer=inputs["carry_optimizer"],
+        )
 
 
 def _state(bench: Bench, source: Mapping[str, Any]) -> TrainingState:
