@@ -19,6 +19,7 @@ from blockprune.costs import block_costs
 from blockprune.data import load_digits
 from blockprune.errors import CriterionError, SpecError
 from blockprune.lottery import RunRecord, Spec, read_specs, run
+from blockprune.lottery.cases import Moments, cases_of
 from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.record import NetworkRecord
 from blockprune.lottery.state import load_state
@@ -355,6 +356,11 @@ class TestRefused:
             ({"criteria": "snip"}, "p is an empty list"),
             ({"stability": {}, "criteria": "snip", "p": 1}, "which is not there"),
             ({"criteria": "snip", "p": 1, "matched_by": "macs"}, "matched_by means nothing"),
+            ({"criteria": "snip", "p": 1, "matched_p": 1}, "matched_p means nothing"),
+            (
+                {"criteria": "snip", "p": [1, 2], "structures": "filters", "matched_p": 3},
+                "is to be a part of p",
+            ),
             (
                 {"criteria": "snip", "p": 1, "structures": "weights", "matched_by": "filters"},
                 "cannot be matched by filters",
@@ -413,6 +419,13 @@ class TestRefused:
         )
         with pytest.raises(SpecError, match="no convolution inside a residual branch"):
             run(spec(criteria="snip", p=1, structures="filters"), tmp_path)
+
+
+def test_only_some_tickets_have_others_beside_them() -> None:
+    asked = spec(criteria="snip", p=[1, 2], structures=["blocks", "filters"], matched_p=1, seeds=1)
+    found = cases_of(asked, [1, 2], Moments(epochs=2, per_epoch=6))
+    beside = {(case.structure, case.p) for case in found if case.kind == "ticket"}
+    assert beside == {("blocks", 1), ("blocks", 2), ("filters", 1)}
 
 
 class TestSuites:

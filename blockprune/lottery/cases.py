@@ -158,8 +158,9 @@ def _matched(spec: Spec, of_blocks: Sequence[TicketCase]) -> Iterator[TicketCase
     """Yield the tickets of other structures that lack as much as those of blocks."""
     others = [structure for structure in spec.structures if structure != "blocks"]
     for structure, matched, ticket in product(others, spec.matched_by, of_blocks):
+        is_asked = not spec.matched_p or ticket.p in spec.matched_p
         # Masks do not take filters away.
-        if (structure, matched) != ("weights", "filters"):
+        if is_asked and (structure, matched) != ("weights", "filters"):
             yield ticket.model_copy(update={"structure": structure, "matched": matched})
 
 

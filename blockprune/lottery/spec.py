@@ -259,6 +259,11 @@ class Spec(_Table):
         description='What a ticket of filters or weights has as many of as that of blocks: "params"'
         ', "macs", or "filters" (of filters alone).',
     )
+    matched_p: Annotated[tuple[StrictInt, ...], BeforeValidator(_several)] = Field(
+        default=(),
+        description="Numbers of blocks beside whose tickets those of filters and weights stand; "
+        "none named: all of p.",
+    )
     levels: Levels | None = Field(
         default=None, description="Tickets of weights pruned in rounds. None: not."
     )
@@ -444,6 +449,15 @@ class Spec(_Table):
         if self.matched_by != ("params",) and not others:
             raise ValueError(
                 'matched_by means nothing to structures = ["blocks"]: add "filters" or "weights"'
+            )
+        if self.matched_p and not others:
+            raise ValueError(
+                'matched_p means nothing to structures = ["blocks"]: add "filters" or "weights"'
+            )
+        counts = {p for p in self.p if isinstance(p, int)}
+        if len(counts) == len(self.p) and not counts.issuperset(self.matched_p):
+            raise ValueError(
+                f"matched_p = {list(self.matched_p)} is to be a part of p = {list(self.p)}"
             )
         if self.structures == ("weights",) and self.matched_by == ("filters",):
             raise ValueError(
