@@ -37,6 +37,9 @@ FOUND = {
     "blocks of an untraceable part were lost from a ticket cut again": Recipe(
         (Region((BLOCK, BLOCK)), BLOCK)
     ),
+    "what left a region could not be written to by the code around it": Recipe(
+        (Region((Unit(("conv",), after="relu_"), Loop((("conv",),)))), "relu_"), branching=True
+    ),
     "a layer inside a branch that goes was looked for once more": Recipe(
         (BLOCK, Unit((Region((Loop((("conv",), ("conv",))),)),), after="relu")), branching=True
     ),

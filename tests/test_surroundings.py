@@ -166,3 +166,57 @@ class ChangesLayout(nn.Module):
 def test_dropout_behind_a_change_of_memory_layout_is_verified() -> None:
     ticket = blockprune.remove_blocks(ChangesLayout().eval(), ["conv"], torch.randn(2, 4, 5, 5))
     assert not any(name.startswith("conv") for name, _ in ticket.named_parameters())
+
+
+class _Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv(x)
+        return out
+
+
+class _Pair(nn.Module):
+    """Returns the input of its block, and the block's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.block = _Sum()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.relu(self.stem(x))
+        return first, self.block(first)
+
+
+class _Writer(nn.Module):
+    """Cannot be traced, and writes into one of the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = _Pair()
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.pair(x)
+        if second.sum() > 1e9:
+            second = -second
+        second.mul_(3)
+        out: Tensor = self.head(first) + self.head(second)
+        return out
+
+
+def test_code_around_a_region_may_write_into_what_it_is_given() -> None:
+    torch.manual_seed(0)
+    model, images = _Writer(), torch.rand(IMAGES)
+    ticket = blockprune.remove_blocks(model, "pair.block", images)
+    ticket(images).sum().backward()
+    # By hand: a branch of zeros adds nothing.
+    nn.init.zeros_(model.pair.block.conv.weight)
+    nn.init.zeros_(model.pair.block.conv.bias)
+    model(images).sum().backward()
+    assert torch.equal(ticket(images), model(images))
+    for name, parameter in ticket.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad)

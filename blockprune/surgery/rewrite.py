@@ -7,8 +7,8 @@ approximation, the reference goes on computing it and hands its input on.
 The dense m is memory of its own, s is not. So where something behind the merge writes into m in
 place (a ReLU whose shortcut was not activated yet), or into s, the ticket works on a clone of s:
 others may read s, or autograd may have saved it. The same holds where s is the input of a region
-inside the model, since the code around it is not seen. Nothing is cloned where m lay in the memory
-of s already.
+inside the model, or m leaves such a region, since the code around it is not seen and may write into
+what it is given. Nothing is cloned where m lay in the memory of s already.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
         value = stands_for.get(source, twins.get(source))
         assert value is not None
         memory[node] = memory.get(source, flow.storages(source))
-        if node in merges and _needs_own_memory(flow, node, source, memory[node], dead):
+        is_written = node in merges and _needs_own_memory(flow, node, source, memory[node], dead)
+        if is_written or _leaves_region(flow, node, memory[node]):
             with graph.inserting_after(twins[node]):
                 value = graph.call_method("clone", (value,))
             memory[node] = flow.storages(node)
@@ -100,3 +101,14 @@ def _needs_own_memory(
     gone = {flow.index[node] for node in dead}
     writers = flow.writers_after(flow.storages(merge) | memory, flow.index[merge])
     return any(writer not in gone for writer in writers)
+
+
+def _leaves_region(flow: Flow, node: fx.Node, memory: frozenset[tuple[str, int]]) -> bool:
+    """Return whether a region inside the model returns what was memory of its own, and is not.
+
+    A dropped activation may leave it as well as a merge.
+    """
+    if not flow.region.path or flow.storages(node) & memory:
+        return False
+    [output] = (node for node in flow.region.graph.nodes if node.op == "output")
+    return any(flow.storages(node) & flow.storages(one) for one in output.all_input_nodes)
