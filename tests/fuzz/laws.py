@@ -219,7 +219,8 @@ def _analysis_problems(analysis: blockprune.BlockAnalysis, wanted: Truth) -> Ite
     refused = {r.name.partition("#")[0]: str(r.reason) for r in analysis.rejections}
     # Inside what cannot be traced, a part without parameters is not looked into.
     bare = {name for name, why in wanted.refused.items() if why == {"no_parameters"}}
-    unseen = bare - refused.keys() if "opaque" in refused.values() else set()
+    is_traced = any(region.path == "" for region in analysis.traced.regions)
+    unseen = bare - refused.keys() if "opaque" in refused.values() or not is_traced else set()
     if unseen:
         refused = {name: why for name, why in refused.items() if why != "opaque"}
     for owner, reasons in wanted.refused.items():

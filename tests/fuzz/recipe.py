@@ -11,6 +11,10 @@ IMAGE = ("conv", "conv", "conv", "norm", "norm", "bias_conv", "depthwise", "weig
 TOKEN = ("conv", "conv", "norm", "attention", "multihead")
 ANYWHERE = ("scale", "relu", "relu_", "gelu", "tanh", "drop", "drop", "path", "functional_drop")
 RARE = ("stubborn", "mode", "plain", "affineless", "untracked", "cumulative", "hardtanh_", "relu6")
+IN_PLACE = ("relu_", "functional_relu_", "hardtanh_")
+HANDS_ON = ("drop", "drop_channels", "path", "functional_drop", "mode")
+"""Operations that in eval mode return the very tensor that they are given."""
+
 FRESH = ("conv", "norm", "bias_conv", "pool")
 """Operations whose result is a new tensor that autograd does not need again."""
 
@@ -108,6 +112,11 @@ def _unit(rng: Random, dimensions: int, depth: int, *, top: bool) -> Unit:
     return _sound(unit)
 
 
+def _computes(part: Part) -> bool:
+    """Return whether a part hands on something else than its input with terms added."""
+    return isinstance(part, str) and part not in (*HANDS_ON, *IN_PLACE)
+
+
 def _sound(unit: Unit) -> Unit:
     """Take out what would make the truth a matter of taste, or every network untrainable."""
     if unit.shortcut == "down":
@@ -120,6 +129,9 @@ def _sound(unit: Unit) -> Unit:
     elif unit.escapes or unit.branch[0] == "stubborn":
         unit = replace(unit, branch=("conv", *unit.branch))
     if all(isinstance(part, str) and part not in (*FRESH, "stride") for part in unit.branch):
+        unit = replace(unit, branch=("conv", *unit.branch))
+    if unit.shortcut == "projection" and not any(map(_computes, unit.branch)):
+        # The branch is the input with something added: then the projection is a branch beside it.
         unit = replace(unit, branch=("conv", *unit.branch))
     last = unit.branch[-1]
     is_fresh = isinstance(last, str) and last in FRESH and not unit.drop_path

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.fuzz.recipe import Layer, Loop, Part, Recipe, Region, Unit
+from tests.fuzz.recipe import HANDS_ON, IN_PLACE, Layer, Loop, Part, Recipe, Region, Unit
 
 __all__ = ["Truth", "truth"]
 
@@ -15,9 +15,6 @@ WITHOUT_PARAMETERS = (
     *("drop", "drop_channels", "path", "functional_drop", "affineless", "plain"),
     *("pool", "maxpool"),
 )
-IN_PLACE = ("relu_", "functional_relu_", "hardtanh_")
-# In eval mode these hand on the very tensor they are given.
-HANDS_ON = ("drop", "drop_channels", "path", "functional_drop", "mode")
 
 
 @dataclass(frozen=True)
