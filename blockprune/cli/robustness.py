@@ -22,15 +22,6 @@ from blockprune.robustness.record import RobustnessChoice, RobustnessResult
 
 __all__ = ["TicketSource", "choice_of", "of_run", "of_ticket"]
 
-RUN_NAMES: Mapping[str, str] = {
-    "digits": "digits",
-    "mnist": "MNIST",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "tiny-imagenet": "Tiny-ImageNet",
-    "imagenet": "ImageNet",
-}
-
 
 @dataclass(frozen=True)
 class TicketSource:
@@ -105,13 +96,13 @@ def of_run(
 
     record = read_run(folder)
     home = folder if folder.is_dir() else folder.parent
-    name = str(record.data.get("name"))
-    if data is not None and RUN_NAMES.get(data, data) != name:
+    spec = Spec.parse({**record.spec, "robustness": choice.model_dump(mode="json")})
+    own = spec.data.name
+    if data not in (None, own):
         raise BlockpruneError(
-            f"--data {data} was asked for, and {folder} is a run on {name}: leave --data out."
+            f"--data {data} was asked for, and {folder} is a run on {own}: leave --data out."
         )
     _check_networks(record, home)
-    spec = Spec.parse({**record.spec, "robustness": choice.model_dump(mode="json")})
     try:
         with Bar() as bar:
             found = run(

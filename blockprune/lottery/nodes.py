@@ -247,14 +247,8 @@ class Unfolding:
             scored = self._scored(str(case.criterion), case.scored_at or START, seed, outputs)
             goal = self._goal(case, seed, outputs)
         else:
-            network = self.training(below(case), seed)
-            scored = {
-                "setting": self.setting,
-                "seed": seed,
-                "criterion": str(case.criterion),
-                "source": {"dense": folder_of(outputs, network), "step": None},
-                "images_per_class": self.spec.images_per_class,
-            }
+            network = folder_of(outputs, self.training(below(case), seed))
+            scored = self._ranked(str(case.criterion), {"dense": network, "step": None}, seed)
             rounds = case.level if case.schedule == "one-shot" else 1
             assert self.spec.levels is not None
             goal = {"share": self.spec.levels.share, "rounds": rounds, "scope": case.scope}
@@ -424,6 +418,10 @@ class Unfolding:
         if moment != START:
             step = None if moment == self.moments.end else moment.model_dump()
             source = {"dense": folder_of(outputs, self.training(DENSE, seed)), "step": step}
+        return self._ranked(criterion, source, seed)
+
+    def _ranked(self, criterion: str, source: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Return the inputs of what ranks by a criterion, in the network that a source names."""
         return {
             "setting": self.setting,
             "seed": seed,
@@ -496,6 +494,7 @@ class Unfolding:
 
 
 def folder_of(outputs: Outputs, name: str) -> str:
+    """Return the directory that a node which is done left its output in."""
     found = outputs[name]
     assert found is not None, name
     return found.folder.name

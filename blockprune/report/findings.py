@@ -166,7 +166,9 @@ def _levels(cases: Cases) -> Iterator[Finding]:
         plain = by_name.get("magnitude", {})
         others = [by_name[name] for name in ALIKE[1:] if name in by_name]
         alike = [(found[n], plain[n]) for found in others for n in found if n in plain]
-        yield from _equal(cases, f"L1 and L2 find tickets as good as magnitude ({group}).", alike)
+        claim = f"L1 and L2 find tickets as good as magnitude ({group})."
+        xi = cases.record.xi_points
+        yield from _against(cases, "Layerwise importance, 3.2", claim, alike, tolerance=xi)
         late = [
             (plain[last], by_name[name][last])
             for name in LATE
@@ -358,9 +360,17 @@ def _connected(cases: Cases) -> Iterator[Finding]:
 
 
 def _against(
-    cases: Cases, paper: str, claim: str, pairs: Sequence[tuple[TicketCase, TicketCase]]
+    cases: Cases,
+    paper: str,
+    claim: str,
+    pairs: Sequence[tuple[TicketCase, TicketCase]],
+    *,
+    tolerance: float | None = None,
 ) -> Iterator[Finding]:
-    """Decide whether the first of each pair is better, on the mean of all pairs of a seed."""
+    """Decide whether the first of each pair is better, on the mean of all pairs of a seed.
+
+    With a tolerance: whether both are as good, up to so many points.
+    """
     by_seed = _by_seed(cases, pairs)
     interval = paired_interval([*by_seed.values()], cases.record.confidence)
     if interval is None:
@@ -369,9 +379,11 @@ def _against(
     yield Finding(
         paper,
         claim,
-        _sign(interval),
+        _sign(interval) if tolerance is None else _within(interval, tolerance),
         f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
-        f"of {len(pairs)} comparison{'' if len(pairs) == 1 else 's'}, {len(by_seed)} seeds.",
+        f"of {len(pairs)} comparison{'' if len(pairs) == 1 else 's'}"
+        f"{'' if tolerance is None else f', with a tolerance of {tolerance:g}'}, "
+        f"{len(by_seed)} seeds.",
     )
 
 
@@ -415,21 +427,8 @@ def _sign(interval: tuple[float, float]) -> Decision:
     return "holds" if low > 0 else "fails" if high < 0 else "undecided"
 
 
-def _equal(
-    cases: Cases, claim: str, pairs: Sequence[tuple[TicketCase, TicketCase]]
-) -> Iterator[Finding]:
-    """Decide whether pairs are within the tolerance of one another, on the mean of a seed."""
-    by_seed = _by_seed(cases, pairs)
-    interval = paired_interval([*by_seed.values()], cases.record.confidence)
-    if interval is None:
-        return
-    xi = cases.record.xi_points
+def _within(interval: tuple[float, float], tolerance: float) -> Decision:
     low, high = interval
-    within, beyond = -xi <= low and high <= xi, high < -xi or low > xi
-    yield Finding(
-        "Layerwise importance, 3.2",
-        claim,
-        "holds" if within else "fails" if beyond else "undecided",
-        f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
-        f"of {len(pairs)} comparisons, with a tolerance of {xi:g}, {len(by_seed)} seeds.",
-    )
+    if -tolerance <= low and high <= tolerance:
+        return "holds"
+    return "fails" if high < -tolerance or low > tolerance else "undecided"

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blockprune.blocks import BlockAnalysis, find_blocks
-from blockprune.data import ImageData, load_data, size_of
+from blockprune.data import ImageData, balanced_batch, load_data, size_of
 from blockprune.errors import DataError, ModelSpecError
 from blockprune.lottery.checkpoints import FINAL, Trainer, state_file
 from blockprune.lottery.stages import Stage, StageStore
@@ -130,9 +130,21 @@ class Bench:
         """Return the state that inputs name: of a seed's new network, or of a dense training."""
         if "seed" in source:
             return TrainingState.of(self.setting.build(source["seed"]))
-        step = source["step"]
-        file = FINAL if step is None else state_file(Step.model_validate(step))
+        if source["step"] is None:
+            return self.final(source["dense"])
+        file = state_file(Step.model_validate(source["step"]))
         return load_state(self.store.folder / source["dense"] / file)
+
+    def final(self, stage: str) -> TrainingState:
+        """Return the state that a training stage ended with."""
+        return load_state(self.store.folder / stage / FINAL)
+
+    def batch(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the training images that inputs ask to score on, and their labels."""
+        images = self.setting.images
+        return balanced_batch(
+            images.train, images.num_classes, inputs["images_per_class"], seed=inputs["seed"]
+        )
 
     def train(self, model: nn.Module, inputs: Mapping[str, Any], folder: Path, **how: Any) -> Made:
         """Train a network, and leave its states in the folder."""

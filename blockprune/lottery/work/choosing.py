@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from blockprune.api import Planner
 from blockprune.costs import RemainingCosts, filter_count, macs_per_weight
 from blockprune.criteria import Criterion, criterion_of
-from blockprune.data import balanced_batch
 from blockprune.errors import CriterionError, SpecError, close_names
 from blockprune.filters import (
     FILTER_CRITERIA,
@@ -26,8 +25,8 @@ from blockprune.imports import NotFound, imported
 from blockprune.lottery.early_bird import has_settled
 from blockprune.lottery.spec import Spec
 from blockprune.lottery.work.bench import Bench, Made, device
-from blockprune.lottery.work.cuts import MASK_FILE, mask_in
-from blockprune.plan import PruningPlan, Selection, make_plan
+from blockprune.lottery.work.cuts import MASK_FILE, cut_network, mask_in
+from blockprune.plan import Selection, make_plan
 from blockprune.scoring import score_blocks
 from blockprune.sparsity import (
     IMPORTANCES,
@@ -52,6 +51,7 @@ __all__ = [
 
 
 def score(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
+    """Score all blocks."""
     del folder
     planner = _planner(bench, inputs)
     table = score_blocks(
@@ -122,11 +122,10 @@ def filters(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     setting, seed = bench.setting, inputs["seed"]
     model = setting.build(seed)
     layers = filter_layers(model, setting.image)
-    images = setting.images
     scores = filter_scores(
         _weighted(bench, model, inputs["source"]),
         inputs["criterion"],
-        balanced_batch(images.train, images.num_classes, inputs["images_per_class"], seed=seed),
+        bench.batch(inputs),
         example_inputs=setting.image.to(device()),
         seed=seed,
     )
@@ -144,14 +143,11 @@ def _important(bench: Bench, inputs: Mapping[str, Any]) -> Mask:
     before = Mask.full(model)
     if inputs["parent"] is not None:
         before = mask_in(bench, inputs["parent"])
-    images = setting.images
     scores = importance_of(
         inputs["criterion"],
         _weighted(bench, model, inputs["source"]),
         before,
-        data=balanced_batch(
-            images.train, images.num_classes, inputs["images_per_class"], seed=seed
-        ),
+        data=bench.batch(inputs),
         seed=seed,
     )
     if "blocks" in inputs:
@@ -187,18 +183,11 @@ def _matched(
 
 def _lacking(bench: Bench, inputs: Mapping[str, Any]) -> int:
     """Return what the ticket of blocks has less of than the dense network."""
-    setting = bench.setting
-    model = setting.build(inputs["seed"])
-    analysis = setting.analyse(model)
+    model = bench.setting.build(inputs["seed"])
     if inputs["by"] == "filters":
-        plan = PruningPlan(
-            remove=tuple(inputs["blocks"]),
-            granularity=analysis.granularity,
-            fingerprint=analysis.fingerprint,
-        )
-        ticket = cut_blocks(model, analysis, plan, verify=False)
+        ticket = cut_network(bench, inputs["seed"], {"blocks": inputs["blocks"]}).model
         return filter_count(model) - filter_count(ticket)
-    remaining = RemainingCosts(analysis)
+    remaining = RemainingCosts(bench.setting.analyse(model))
     dense, left = remaining.without(()), remaining.without(inputs["blocks"])
     lacking: int = getattr(dense, inputs["by"]) - getattr(left, inputs["by"])
     return lacking
@@ -220,12 +209,11 @@ def _planner(bench: Bench, inputs: Mapping[str, Any]) -> Planner:
     setting, seed = bench.setting, inputs["seed"]
     # What training moves is scored, as it is what a rewind goes back to.
     model = _weighted(bench, setting.build(seed), inputs["source"])
-    images = setting.images
     return Planner(
         model,
         setting.analyse(model),
         criterion_named(inputs["criterion"]),
-        balanced_batch(images.train, images.num_classes, inputs["images_per_class"], seed=seed),
+        bench.batch(inputs),
         seed=seed,
         schedule=inputs.get("schedule", "one-shot"),
         protect=tuple(inputs.get("protect", ())),

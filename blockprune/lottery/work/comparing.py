@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from blockprune.data import EpochSampler, SeededItems, make_loader, size_of
-from blockprune.lottery.checkpoints import FINAL
-from blockprune.lottery.state import load_state
 from blockprune.lottery.training import evaluate
 from blockprune.lottery.work.bench import Bench, Made, device
 from blockprune.lottery.work.cuts import cut_network, mask_in
@@ -61,7 +59,7 @@ def connections(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     del folder
     own, shared = mask_in(bench, inputs["mask"]), _shared(bench, inputs)
     others = Mask({name: keep & ~shared.keep[name] for name, keep in own.keep.items()})
-    rounds = [_weights(bench, name) for name in inputs["rounds"]]
+    rounds = [bench.final(name).weights for name in inputs["rounds"]]
     varied = [_mean(spread(rounds, mask).overlapping) for mask in (shared, others)]
     flips = [_mean(flipped(rounds, mask).double()) for mask in (shared, others)]
     return {
@@ -94,10 +92,10 @@ def stability(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     """Measure how far a masked network is from the dense one, and from its twin."""
     del folder
     mask = mask_in(bench, inputs["mask"])
-    own = _weights(bench, inputs["network"])
+    own = bench.final(inputs["network"]).weights
     return {
-        "to_pruning": _apart(own, _weights(bench, inputs["dense"]), mask),
-        "to_order": _apart(own, _weights(bench, inputs["twin"]), mask),
+        "to_pruning": _apart(own, bench.final(inputs["dense"]).weights, mask),
+        "to_order": _apart(own, bench.final(inputs["twin"]).weights, mask),
     }, {}
 
 
@@ -117,8 +115,8 @@ def line(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
 
     found = connectivity(
         network.model.to(here),
-        _weights(bench, inputs["network"]),
-        _weights(bench, inputs["twin"]),
+        bench.final(inputs["network"]).weights,
+        bench.final(inputs["twin"]).weights,
         error,
         alphas=inputs["alphas"],
         recalibrate=lambda model: recalibrate_norms(model, make_loader(seen, STATISTICS_BATCH)),
@@ -132,11 +130,6 @@ def line(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
 
 def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], mask: Mask) -> dict[str, float]:
     return {"l2": distance(one, other, mask), "degrees": angle_degrees(one, other, mask)}
-
-
-def _weights(bench: Bench, folder: str) -> dict[str, Tensor]:
-    """Return the final weights of a training, those that its steps moved."""
-    return load_state(bench.store.folder / folder / FINAL).weights
 
 
 def _shared(bench: Bench, inputs: Mapping[str, Any]) -> Mask:

@@ -21,7 +21,7 @@ from blockprune.plan import PruningPlan
 from blockprune.sparsity import Mask, held
 from blockprune.surgery import cut_blocks
 
-__all__ = ["MASK_FILE", "Cut", "CutNetwork", "cut_network"]
+__all__ = ["MASK_FILE", "Cut", "CutNetwork", "cut_network", "mask_in"]
 
 Cut = Mapping[str, Any]
 """What is lacking, as inputs tell it."""

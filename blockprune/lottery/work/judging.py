@@ -13,9 +13,7 @@ from torch.utils.data import Subset
 from blockprune.costs import filter_count, macs_per_weight, model_costs
 from blockprune.data import make_loader, size_of
 from blockprune.lottery.alike import block_similarity
-from blockprune.lottery.checkpoints import FINAL
 from blockprune.lottery.merges import residual_merges
-from blockprune.lottery.state import load_state
 from blockprune.lottery.training import evaluate
 from blockprune.lottery.work.bench import Bench, Made, device
 from blockprune.lottery.work.cuts import CutNetwork, cut_network
@@ -33,7 +31,7 @@ def evaluation(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     """Test a trained network, and count what is left of it."""
     del folder
     network = cut_network(bench, inputs["seed"], inputs["cut"])
-    load_state(bench.store.folder / inputs["network"] / FINAL).load_into(network.model)
+    bench.final(inputs["network"]).load_into(network.model)
     analysis = bench.setting.analyse(bench.setting.build(inputs["seed"]))
     merges = sum(len(stage.blocks) + stage.fixed for stage in analysis.stages)
     # Before the test, which moves the network to where it runs: the image is not there.
@@ -68,11 +66,11 @@ def robustness(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     """Corrupt and attack the test images of a trained network."""
     del folder
     network = cut_network(bench, inputs["seed"], inputs["cut"]).model
-    load_state(bench.store.folder / inputs["network"] / FINAL).load_into(network)
+    bench.final(inputs["network"]).load_into(network)
     dense = None
     if inputs["dense"] is not None:
         dense = bench.setting.build(inputs["seed"])
-        load_state(bench.store.folder / inputs["dense"] / FINAL).load_into(dense)
+        bench.final(inputs["dense"]).load_into(dense)
         dense.to(device())
     found = measured(
         RobustnessChoice.model_validate(inputs["choice"]),
@@ -114,7 +112,7 @@ def similarity(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
     rows = [merge.name for merge in residual_merges(bench.setting.analyse(dense))]
     columns = [name for name in rows if name not in network.removed]
     for model, stage in ((dense, inputs["dense"]), (network.model, inputs["network"])):
-        load_state(bench.store.folder / stage / FINAL).load_into(model)
+        bench.final(stage).load_into(model)
         model.to(device())
     test = bench.setting.images.test
     images = Subset(test, range(min(size_of(test), SIMILARITY_IMAGES)))
