@@ -7,30 +7,25 @@ traced again.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from blockprune.blocks import find_blocks
 from blockprune.errors import TicketError
 from blockprune.plan import PruningPlan
 from blockprune.surgery import TicketRecord, cut_blocks, record_of
+from blockprune.tensor_files import TensorFiles
 from blockprune.tracing import Call, TensorFact, tensors_in
 
 __all__ = ["load_ticket", "plan_of", "save_ticket"]
 
-_FORMAT: Final = "blockprune-ticket-1"
-
-_KEY: Final = "blockprune"
+_FILES: Final = TensorFiles("ticket", "save_ticket", "blockprune-ticket-2", TicketError)
 
 _MOST_INPUT_NUMBERS: Final = 2**28
 """In all example inputs of a file together, 1 GiB of float32: a few bytes may ask for any size."""
@@ -38,13 +33,7 @@ _MOST_INPUT_NUMBERS: Final = 2**28
 _LONGEST_PROBLEM: Final = 200
 
 
-class _Kind(BaseModel):
-    """What every version of the header has."""
-
-    format: str
-
-
-class _Header(_Kind):
+class _Header(BaseModel):
     """What a file says of a ticket; `call` as `_encode` writes it."""
 
     model_config = ConfigDict(strict=True)
@@ -53,8 +42,7 @@ class _Header(_Kind):
     call: dict[Literal["args", "kwargs"], dict[str, Any]]
     preserve_root: bool
     aliases: dict[str, str]
-    # Files of before have no such entry.
-    leaf_modules: tuple[str, ...] = ()
+    leaf_modules: tuple[str, ...]
 
 
 def plan_of(ticket: nn.Module) -> PruningPlan:
@@ -104,37 +92,19 @@ def save_ticket(
             f"{target} exists already. Pass overwrite=True (--force on the command line), or "
             "another path."
         )
-    if not os.path.isdir(target.parent):
-        raise TicketError(f"cannot write {target}: the folder {target.parent} does not exist.")
     try:
         _check_size(record.call)
     except ValueError as error:
         raise TicketError(f"cannot write {target}: {error}. Cut it with fewer samples.") from error
     tensors, aliases = _distinct(ticket.state_dict())
     header = {
-        "format": _FORMAT,
-        "plan": json.loads(record.plan.to_json()),
+        "plan": record.plan.model_dump(mode="json"),
         "call": {"args": _encode(record.call.args), "kwargs": _encode(record.call.kwargs)},
         "preserve_root": record.preserve_root,
         "leaf_modules": list(record.leaf_modules),
         "aliases": aliases,
     }
-    temporary = None
-    try:
-        # Not named after the target: a name as long as names can be has no room for more.
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".ticket-")
-        os.close(handle)
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
-        with open(temporary, "rb+") as file:
-            # Without this a power cut may keep the new name and lose what it names.
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    # A full disk is a SafetensorError where safetensors meets it; a null byte is a ValueError.
-    except (OSError, SafetensorError, ValueError) as error:
-        raise TicketError(f"cannot write {target}: {error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    _FILES.write(target, tensors, header)
 
 
 def load_ticket(
@@ -151,7 +121,7 @@ def load_ticket(
         TicketError: the file is absent, damaged, not a ticket, or its weights do not fit.
         StalePlanError: it was cut from a model of another structure.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _FILES.read(path, _Header)
     device = next((p.device for p in dense_model.parameters()), torch.device("cpu"))
     try:
         call = _call_of(header).map(lambda fact: fact.example().to(device), TensorFact)
@@ -203,35 +173,8 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = known[identity]
         else:
             known[identity] = name
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            tensors[name] = tensor
     return tensors, aliases
-
-
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    if not os.path.isfile(path):
-        raise TicketError(f"there is no ticket file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise TicketError(f"{path} is not a readable safetensors file: {error}") from error
-    if text is None:
-        raise TicketError(f"{path} is a safetensors file, but not a ticket: it carries no plan.")
-    try:
-        found = _Kind.model_validate_json(text).format
-        if found != _FORMAT:
-            raise TicketError(
-                f"{path} has the ticket format {found[:40]!r}; this version reads {_FORMAT!r}."
-            )
-        return _Header.model_validate_json(text), tensors
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise TicketError(
-            f"{path} does not hold a valid ticket header: {f'{place}: ' if place else ''}"
-            f"{problem['msg']}"
-        ) from error
 
 
 def _call_of(header: _Header) -> Call:

@@ -14,7 +14,7 @@ import pytest
 from blockprune.lottery.cases import Moments, cases_of
 from blockprune.lottery.nodes import Unfolding
 from blockprune.lottery.spec import Spec
-from blockprune.lottery.stages import Output, RunError, Stage, StageStore, write_whole
+from blockprune.lottery.stages import Output, RunError, Stage, StageStore
 from tests.lottery_models import SPEC
 
 STAGE = Stage("score", {"seed": 0, "setting": {"threads": 1}})
@@ -210,27 +210,3 @@ class TestStore:
     def test_the_manifest_says_what_the_stage_was(self, store: StageStore) -> None:
         manifest = json.loads((write(store) / "manifest.json").read_text())
         assert (manifest["kind"], manifest["inputs"]) == (STAGE.kind, STAGE.inputs)
-
-
-class TestWriteWhole:
-    def test_replaces_at_once(self, tmp_path: Path) -> None:
-        file = tmp_path / "results.json"
-        write_whole(file, "one")
-        write_whole(file, "two")
-        assert file.read_text() == "two"
-        assert list(tmp_path.iterdir()) == [file]
-
-    def test_a_full_disk_leaves_the_old_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        file = tmp_path / "results.json"
-        write_whole(file, "old")
-
-        def full(*args: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr("blockprune.lottery.stages._flush", full)
-        with pytest.raises(RunError, match="No space left"):
-            write_whole(file, "new")
-        assert file.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [file]

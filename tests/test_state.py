@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import blockprune.lottery.state as state_module
 from blockprune.errors import CheckpointError
 from blockprune.lottery.state import TrainingState, load_state, save_state
 from blockprune.lottery.steps import Step
@@ -37,6 +36,9 @@ TENSORS = {
     "a.name/with a slash": torch.ones(1),
     "__metadata__": torch.ones(2),
 }
+
+
+WHOLE = '{"format": "blockprune-state-2", "step": {"epoch": 0, "iteration": 0}, "averaged": false}'
 
 
 def _example() -> TrainingState:
@@ -241,11 +243,12 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("metadata", "message"),
         [
-            (None, "is a safetensors file, but no state of training"),
-            ({"blockprune": "{"}, "no state of training of the format"),
-            ({"blockprune": "[" * 10_000}, "no state of training of the format"),
-            ({"blockprune": '{"format": "blockprune-ticket-1"}'}, "blockprune-state-1"),
-            ({"blockprune": '{"format": "blockprune-state-2"}'}, "blockprune-state-1"),
+            (None, "is a safetensors file, but no checkpoint: save_state writes those"),
+            ({"blockprune": "{"}, "does not hold a valid checkpoint header"),
+            ({"blockprune": "[" * 10_000}, "does not hold a valid checkpoint header"),
+            ({"blockprune": '{"format": "blockprune-ticket-2"}'}, "blockprune-state-2"),
+            ({"blockprune": '{"format": "blockprune-state-1"}'}, "blockprune-state-2"),
+            ({"blockprune": WHOLE}, "damaged: its contents do not match their digest"),
         ],
     )
     def test_foreign_files(
@@ -256,7 +259,7 @@ class TestFiles:
             load_state(tmp_path / "state")
 
     def test_absent_files_and_folders(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        with pytest.raises(CheckpointError, match="there is no checkpoint file"):
             load_state(tmp_path / "absent")
         with pytest.raises(CheckpointError, match="there is no checkpoint"):
             load_state(tmp_path)
@@ -274,8 +277,8 @@ class TestFiles:
             Path(target).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(state_module, "save_file", full)
-        with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device"):
+        monkeypatch.setattr("blockprune.tensor_files.save_file", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
             save_state(TrainingState(Step(), {}), path)
         assert path.read_bytes() == written
         assert [file.name for file in tmp_path.iterdir()] == ["state"]
@@ -297,6 +300,6 @@ class TestFiles:
 
     def test_a_kind_of_tensor_that_files_cannot_hold(self, tmp_path: Path) -> None:
         sparse = torch.eye(2).to_sparse()
-        with pytest.raises(CheckpointError, match="cannot write"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
             save_state(TrainingState(Step(), {"x": sparse}), tmp_path / "state")
         assert not list(tmp_path.iterdir())

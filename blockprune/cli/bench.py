@@ -33,10 +33,10 @@ from blockprune.report import (
     bench_notes,
     bench_tables,
     plot_bench,
-    write_whole,
 )
 from blockprune.report.bench import NetworkFigures, TrainingSettings
 from blockprune.tracing import tensors_in
+from blockprune.whole_files import write_whole
 
 __all__ = ["Outputs", "check_device", "checked_request", "run"]
 

@@ -19,6 +19,7 @@ from blockprune.errors import BlockpruneError, DataError, ModelSpecError, SpecEr
 from blockprune.lottery.record import RunRecord
 from blockprune.report.robust_figures import measures_of
 from blockprune.robustness.record import RobustnessChoice, RobustnessResult
+from blockprune.whole_files import write_whole
 
 __all__ = ["TicketSource", "choice_of", "of_run", "of_ticket"]
 
@@ -143,7 +144,6 @@ def of_ticket(
         BlockpruneError: something is absent, or does not fit.
     """
     from blockprune.cli.models import load_weights
-    from blockprune.lottery.stages import write_whole
     from blockprune.robustness.choices import check_files, measured
     from blockprune.tickets import load_ticket
 

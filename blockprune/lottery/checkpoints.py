@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from blockprune.lottery.state import TrainingState, load_state, save_state
 from blockprune.lottery.steps import Step
 from blockprune.lottery.tensorboard import log_epochs
 from blockprune.lottery.training import train
+from blockprune.whole_files import new_folder
 
 __all__ = ["FINAL", "Trainer", "state_file"]
 
@@ -152,13 +152,14 @@ class Trainer:
     def _write(self, state: TrainingState, epochs: list[Figures]) -> None:
         """Put a checkpoint in place, and remove those before it."""
         earlier = self._checkpoints()
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.unfinished))
+        place = self.unfinished / f"epoch-{state.step.epoch:06d}"
+        new = new_folder(place)
         try:
             save_state(state, new / "state.safetensors")
             told = json.dumps(epochs)
             text = json.dumps({"epochs": told, "digest": _digest(told)})
             (new / "epochs.json").write_text(text, encoding="utf-8")
-            os.rename(new, self.unfinished / f"epoch-{state.step.epoch:06d}")
+            os.rename(new, place)
         finally:
             shutil.rmtree(new, ignore_errors=True)
         for old in earlier:

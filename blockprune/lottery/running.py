@@ -36,13 +36,14 @@ from blockprune.lottery.merges import residual_merges
 from blockprune.lottery.nodes import Node, Unfolding
 from blockprune.lottery.record import BlockRecord, RunRecord
 from blockprune.lottery.spec import Spec, SpecError
-from blockprune.lottery.stages import Output, RunError, Stage, StageStore, write_whole
+from blockprune.lottery.stages import Output, RunError, Stage, StageStore
 from blockprune.lottery.work import Job, Setting, check_criteria, perform
 from blockprune.plan import make_plan
 from blockprune.randomness import preserved_rng
 from blockprune.robustness.attacks import check_attacks
 from blockprune.robustness.choices import check_files
 from blockprune.sparsity import Mask
+from blockprune.whole_files import write_whole
 
 __all__ = ["Event", "run"]
 
@@ -150,7 +151,7 @@ def run(
             prepared.data,
             schedule.notes,
         ).record(command or f"blockprune lottery run {spec.name}.toml --out {folder.name}")
-        write_whole(results, record.to_json())
+        write_whole(results, record.to_json(), RunError)
     return record
 
 

@@ -12,9 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from blockprune.errors import BlockpruneError
+from blockprune.whole_files import UNFINISHED, flush, new_folder
 
-__all__ = ["Output", "RunError", "Stage", "StageStore", "write_whole"]
+__all__ = ["Output", "RunError", "Stage", "StageStore"]
 
 _FORMAT: Final = "blockprune-stage-1"
 _MANIFEST: Final = "manifest.json"
 _OUTPUT: Final = "output.json"
 _TIMES: Final = "times.json"
-_NEW: Final = ".new-"
 _SHOWN_DIGITS: Final = 16
 
 
@@ -185,7 +184,7 @@ class StageStore:
             make: given an empty directory, writes tensors to it and returns what the stage found,
                 what its clock said, and notes.
         """
-        new = Path(tempfile.mkdtemp(prefix=f"{_NEW}{stage.folder}-", dir=self.folder))
+        new = new_folder(self.path(stage))
         try:
             found, times, notes = make(new)
             _write_json(new / _OUTPUT, {"found": found, "notes": list(notes)})
@@ -200,7 +199,7 @@ class StageStore:
             }
             _write_json(new / _MANIFEST, manifest)
             for path in (*new.iterdir(), new):
-                _flush(path)
+                flush(path)
             self._put(new, self.path(stage))
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -208,7 +207,7 @@ class StageStore:
 
     def clear(self) -> None:
         """Remove what killed processes left half written."""
-        for left in self.folder.glob(f"{_NEW}*"):
+        for left in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
@@ -245,25 +244,7 @@ class StageStore:
             # Another worker has made the same: then its output stays.
             if not place.is_dir():
                 raise
-        _flush(self.folder)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all; the one there is replaced at once.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    temporary = path.with_name(f"{_NEW}{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        flush(self.folder)
 
 
 def _check(folder: Path, stage: Stage) -> None:
@@ -294,12 +275,3 @@ def _write_json(path: Path, value: Any) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    # Without this a power cut may keep the new name and lose what it names.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,28 +6,22 @@ in its header, with a digest of everything. So a flipped bit is found as surely 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from blockprune.errors import CheckpointError
 from blockprune.lottery.averages import wide
 from blockprune.lottery.steps import Step
+from blockprune.tensor_files import TensorFiles
 
 __all__ = ["TrainingState", "copied", "load_state", "misfits", "save_state", "summary"]
 
-_FORMAT: Final = "blockprune-state-1"
-_KEY = "blockprune"
+_FILES: Final = TensorFiles("checkpoint", "save_state", "blockprune-state-2", CheckpointError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +85,8 @@ class TrainingState:
 
 
 class _Header(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal["blockprune-state-1"] = _FORMAT
     step: Step
     averaged: bool
-    digest: str
 
 
 def save_state(state: TrainingState, path: str | os.PathLike[str]) -> None:
@@ -119,27 +109,8 @@ def save_state(state: TrainingState, path: str | os.PathLike[str]) -> None:
         >>> all(again.weights[name].equal(tensor) for name, tensor in state.weights.items())
         True
     """
-    target = Path(path)
-    if not os.path.isdir(target.parent):
-        raise CheckpointError(f"cannot write {target}: the folder {target.parent} does not exist.")
-    temporary = None
-    try:
-        tensors = _flat(state)
-        averaged = state.ema is not None
-        digest = _digest(state.step, averaged, tensors)
-        header = _Header(step=state.step, averaged=averaged, digest=digest)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata={_KEY: header.model_dump_json()})
-        with open(temporary, "rb+") as file:
-            # Without this a power cut may keep the new name and lose what it names.
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    header = {"step": state.step.model_dump(), "averaged": state.ema is not None}
+    _FILES.write(path, _flat(state), header)
 
 
 def load_state(path: str | os.PathLike[str]) -> TrainingState:
@@ -148,30 +119,12 @@ def load_state(path: str | os.PathLike[str]) -> TrainingState:
     Raises:
         CheckpointError: the file is absent, cut short, damaged, or of another kind.
     """
-    source = Path(path)
-    if not os.path.isfile(source):
-        raise CheckpointError(f"there is no checkpoint {source}.")
-    text, tensors = _read(source)
-    if text is None:
-        raise CheckpointError(
-            f"{source} is a safetensors file, but no state of training: save_state writes those."
-        )
-    try:
-        header = _Header.model_validate_json(text)
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{source} is no state of training of the format {_FORMAT!r}: {error}"
-        ) from error
-    if header.digest != _digest(header.step, header.averaged, tensors):
-        raise CheckpointError(
-            f"{source} is damaged: its contents do not match their digest. Remove it, and what it "
-            "holds is computed again."
-        )
+    header, tensors = _FILES.read(path, _Header)
     parts: dict[str, dict[str, Tensor]] = {"weights": {}, "momentum": {}, "ema": {}}
     for entry, tensor in tensors.items():
         part, _, name = entry.partition("/")
         if part not in parts:
-            raise CheckpointError(f"{source} holds {entry!r}, which is no part of a state.")
+            raise CheckpointError(f"{path} holds {entry!r}, which is no part of a state.")
         parts[part][name] = tensor
     ema = parts["ema"] if header.averaged else None
     return TrainingState(header.step, parts["weights"], parts["momentum"], ema)
@@ -228,27 +181,7 @@ def _flat(state: TrainingState) -> dict[str, Tensor]:
         "ema": state.ema or {},
     }
     return {
-        f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
+        f"{part}/{name}": tensor
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
-
-
-def _digest(step: Step, averaged: bool, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(f"{step.model_dump_json()} {averaged}".encode(), digest_size=32)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name!r} {_kind(tensor)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            # Copies, since what safetensors returns may still be the file itself.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    return text, tensors

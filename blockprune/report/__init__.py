@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockprune.report.bench import BenchResult
 from blockprune.report.bench_plot import plot_bench
 from blockprune.report.bench_tables import bench_notes, bench_tables
-from blockprune.report.files import staged_folder, write_report, write_whole
+from blockprune.report.files import staged_folder, write_report
 from blockprune.report.page import page_html
 from blockprune.report.plots import plot_accuracy, plot_blocks
 from blockprune.report.record_csv import networks_csv, scores_csv, verdicts_csv
@@ -33,5 +33,4 @@ __all__ = [
     "verdicts_csv",
     "write_report",
     "write_run_report",
-    "write_whole",
 ]

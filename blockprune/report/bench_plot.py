@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from blockprune.report.bench import BenchResult, NetworkFigures
+from blockprune.whole_files import whole_file
 
 __all__ = ["plot_bench"]
 
@@ -24,6 +25,9 @@ def plot_bench(result: BenchResult, path: str | Path) -> None:
 
     A row is one cost, a dot one ticket, with whiskers where there is an interval; the dashed line
     is the dense network.
+
+    Raises:
+        BlockpruneError: it cannot be written.
     """
     tickets = result.networks[1:]
     shares = [list(_shares(ticket, result)) for ticket in tickets]
@@ -55,7 +59,8 @@ def plot_bench(result: BenchResult, path: str | Path) -> None:
     axes.set_xlabel("% of the dense network")
     figure.suptitle(f"{result.model} on {result.device}: what is left of each cost")
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=DPI, format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def _shares(ticket: NetworkFigures, result: BenchResult) -> Iterator[Share]:

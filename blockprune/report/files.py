@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,9 @@ from blockprune.errors import BlockpruneError
 from blockprune.lottery.results import ExperimentResult
 from blockprune.report.plots import plot_accuracy, plot_blocks
 from blockprune.report.tables import comparison_markdown, comparison_table, reading_notes
+from blockprune.whole_files import new_folder
 
-__all__ = ["staged_folder", "write_report", "write_whole"]
+__all__ = ["staged_folder", "write_report"]
 
 TEXT_WIDTH = 80
 
@@ -86,42 +86,10 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one step: at any time it is the old one or the new one, never a part.
-
-    Raises:
-        BlockpruneError: it cannot be written.
-
-    Example:
-        ``write_whole(Path("results.json"), result.to_json())``
-    """
-    temporary: Path | None = None
-    try:
-        # Beside it: a move within one folder never crosses file systems.
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files for the owner alone.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BlockpruneError(f"{path} cannot be written to: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _make_staging(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Inside `out`: a move within one folder never crosses file systems.
-        return Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out))
+        return new_folder(out / "results")
     except OSError as error:
         raise BlockpruneError(f"{out} cannot be written to: {error}") from error

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final, Literal, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from blockprune.errors import MaskError, close_names
+from blockprune.tensor_files import TensorFiles
 
 __all__ = ["LayerSparsity", "Mask", "owners"]
 
-_FORMAT: Final = "blockprune-mask-1"
-_KEY = "blockprune"
+_FILES: Final = TensorFiles("mask", "Mask.save", "blockprune-mask-2", MaskError)
 
 
 class LayerSparsity(NamedTuple):
@@ -242,26 +238,8 @@ class Mask:
         Raises:
             MaskError: the folder does not exist, or cannot be written to.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise MaskError(f"cannot write {target}: the folder {target.parent} does not exist.")
-        header = _Header(
-            layers=list(self.keep), aliases=dict(self.aliases), digest=self.digest
-        ).model_dump_json()
-        temporary = None
-        try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            os.close(handle)
-            save_file(dict(self.keep), temporary, metadata={_KEY: header})
-            with open(temporary, "rb+") as file:
-                # Without this a power cut may keep the new name and lose what it names.
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except (OSError, SafetensorError) as error:
-            raise MaskError(f"cannot write {target}: {error}") from error
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        header = {"layers": list(self.keep), "aliases": dict(self.aliases)}
+        _FILES.write(path, self.keep, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -280,34 +258,18 @@ class Mask:
             >>> again == mask
             True
         """
-        source = Path(path)
-        if not source.is_file():
-            raise MaskError(f"there is no mask file {source}.")
-        text, tensors = _read(source)
-        if text is None:
-            raise MaskError(f"{source} is a safetensors file, but no mask: Mask.save writes those.")
-        try:
-            header = _Header.model_validate_json(text)
-        except ValidationError as error:
-            raise MaskError(f"{source} is no mask of the format {_FORMAT!r}: {error}") from error
+        header, tensors = _FILES.read(path, _Header)
         if sorted(header.layers) != sorted(tensors):
-            raise MaskError(f"{source} is damaged: its layers are not those that its header names.")
+            raise MaskError(f"{path} is damaged: its layers are not those that its header names.")
         try:
-            mask = cls({name: tensors[name] for name in header.layers}, header.aliases)
+            return cls({name: tensors[name] for name in header.layers}, header.aliases)
         except MaskError as error:
-            raise MaskError(f"{source}: {error}") from error
-        if mask.digest != header.digest:
-            raise MaskError(f"{source} is damaged: its contents do not match their digest.")
-        return mask
+            raise MaskError(f"{path}: {error}") from error
 
 
 class _Header(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal["blockprune-mask-1"] = _FORMAT
     layers: list[str]
     aliases: dict[str, str]
-    digest: str
 
 
 def owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
@@ -345,17 +307,6 @@ def _prunable(model: nn.Module) -> list[nn.Parameter]:
             "be pruned."
         )
     return list(found)
-
-
-def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            # Copies, since what safetensors returns may still be the file itself.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MaskError(f"{path} is not a readable safetensors file: {error}") from error
-    return text, tensors
 
 
 def _shapes(name: str, found: Tensor, wanted: Tensor) -> str:

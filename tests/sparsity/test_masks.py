@@ -12,6 +12,7 @@ from torch import nn
 
 from blockprune.errors import BlockpruneError, MaskError
 from blockprune.sparsity import LayerSparsity, Mask, with_prune
+from blockprune.tensor_files import digest_of
 from tests.sparsity.nets import Small, Tied, half_mask, small
 
 
@@ -177,11 +178,15 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "bad")
     refused("no mask: Mask.save writes those")
     save_file({"a": torch.ones(3)}, tmp_path / "bad", metadata={"blockprune": "{}"})
-    refused("no mask of the format")
-    header_of = {"blockprune": json.dumps({**header, "layers": ["a"], "aliases": {}})}
-    save_file({"a": torch.ones(3)}, tmp_path / "bad", metadata=header_of)
+    refused("does not hold a valid mask header")
+    del header["digest"]
+    header.update(layers=["a"], aliases={})
+    for tensors in ({"a": torch.ones(3)}, {"b": torch.ones(3) > 0}):
+        text = json.dumps({**header, "digest": digest_of(header, tensors)})
+        save_file(tensors, tmp_path / "-".join(tensors), metadata={"blockprune": text})
+    (tmp_path / "a").replace(tmp_path / "bad")
     refused("a mask is boolean")
-    save_file({"b": torch.ones(3) > 0}, tmp_path / "bad", metadata=header_of)
+    (tmp_path / "b").replace(tmp_path / "bad")
     refused("not those that its header names")
 
 
@@ -189,6 +194,6 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="does not exist"):
         half_mask(small()).save(tmp_path / "none" / "mask")
     (tmp_path / "mask").mkdir()
-    with pytest.raises(MaskError, match="cannot write"):
+    with pytest.raises(MaskError, match="cannot be written"):
         half_mask(small()).save(tmp_path / "mask")
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
