@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blockprune.criteria import ScoringContext
+from blockprune.lottery.record import NetworkRecord, RunRecord
 
 SPEC: dict[str, Any] = {
     "name": "tiny",
@@ -22,6 +23,16 @@ SPEC: dict[str, Any] = {
     "min_blocks_per_stage": 1,
 }
 """A run of seconds; tests change what they are about."""
+
+
+def network(record: RunRecord, **case: Any) -> NetworkRecord:
+    """Return the one network of a run whose case has these values."""
+    [found] = [
+        one
+        for one in record.networks
+        if all(getattr(one.case, name) == value for name, value in case.items())
+    ]
+    return found
 
 
 class Block(nn.Module):

@@ -166,7 +166,7 @@ class TestDemo:
             if (p, step.iteration) == (1, 2):
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(demo_module._LiveProgress, "step", interrupted)
+        monkeypatch.setattr(demo_module._DemoBar, "step", interrupted)
         out = tmp_path / "results"
         if present:
             out.mkdir()

@@ -26,7 +26,6 @@ from blockprune.data import balanced_batch, load_digits
 from blockprune.errors import CriterionError, DataError, ModelSpecError, PlanError
 from blockprune.lottery import RunRecord, Spec, run
 from blockprune.lottery.recipe import Recipe
-from blockprune.lottery.record import NetworkRecord
 from blockprune.lottery.running import Event
 from blockprune.lottery.spec import SpecError
 from blockprune.lottery.stages import RunError
@@ -34,7 +33,7 @@ from blockprune.lottery.state import TrainingState, load_state, save_state
 from blockprune.lottery.steps import Step
 from blockprune.lottery.training import evaluate, train
 from blockprune.lottery.work import fresh_seed
-from tests.lottery_models import SPEC, Tiny, tiny
+from tests.lottery_models import SPEC, Tiny, network, tiny
 
 ROOT = Path(__file__).parent.parent
 RECIPE = Recipe(epochs=2, lr=0.05, batch_size=64)
@@ -47,15 +46,6 @@ def spec(**changes: Any) -> Spec:
 def seeded(seed: int) -> Tiny:
     torch.manual_seed(seed)
     return tiny()
-
-
-def network(record: RunRecord, **case: Any) -> NetworkRecord:
-    [found] = [
-        one
-        for one in record.networks
-        if all(getattr(one.case, name) == value for name, value in case.items())
-    ]
-    return found
 
 
 def stages(folder: Path, kind: str = "") -> list[Path]:

@@ -21,12 +21,11 @@ from blockprune.errors import CriterionError, SpecError
 from blockprune.lottery import RunRecord, Spec, read_specs, run
 from blockprune.lottery.cases import Moments, cases_of
 from blockprune.lottery.recipe import Recipe
-from blockprune.lottery.record import NetworkRecord
 from blockprune.lottery.state import load_state
 from blockprune.lottery.training import evaluate, train
 from blockprune.lottery.work import order_seed
 from blockprune.report import read_run
-from tests.lottery_models import SPEC, Tiny, tiny
+from tests.lottery_models import SPEC, Tiny, network, tiny
 
 LAYERS = ("stem", "blocks.0.conv", "blocks.1.conv", "blocks.2.conv", "head")
 RECIPE = Recipe(epochs=2, lr=0.05, batch_size=64)
@@ -35,15 +34,6 @@ RECIPE = Recipe(epochs=2, lr=0.05, batch_size=64)
 def spec(**changes: Any) -> Spec:
     base = {key: value for key, value in SPEC.items() if key not in ("criteria", "p")}
     return Spec.parse({**base, "seeds": 1, **changes})
-
-
-def network(record: RunRecord, **case: Any) -> NetworkRecord:
-    [found] = [
-        one
-        for one in record.networks
-        if all(getattr(one.case, name) == value for name, value in case.items())
-    ]
-    return found
 
 
 def final(folder: Path, stage: str) -> dict[str, Tensor]:

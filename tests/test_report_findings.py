@@ -18,7 +18,8 @@ from blockprune.lottery.record import (
 )
 from blockprune.lottery.steps import Step
 from blockprune.report.cases import Cases
-from blockprune.report.findings import Finding, findings_of, findings_section
+from blockprune.report.deciding import Finding
+from blockprune.report.findings import findings_of, findings_section
 from tests.fake_run import DENSE, QUANTILES, START, chance, fake_run, network, ticket, verdict_on
 from tests.fake_weights import leveled, twin
 

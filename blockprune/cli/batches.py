@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 from torch import Tensor
 
-from blockprune.data import DATASETS, balanced_batch, load_data
+from blockprune.data import balanced_batch, data_options, load_data
 from blockprune.errors import DataError
 
 __all__ = ["scoring_batch"]
@@ -43,7 +42,7 @@ def scoring_batch(
     options = {"augment": False, "seed": seed}
     if shape[2] == shape[3]:
         options["image_size"] = shape[2]
-    known = inspect.signature(DATASETS[data]).parameters if data in DATASETS else ()
+    known = data_options(data)
     images = load_data(
         data, root, **{name: value for name, value in options.items() if name in known}
     )

@@ -15,6 +15,7 @@ from blockprune.cli.measuring import DENSE, Request, SideBySide, Training
 from blockprune.cli.models import ModelSource
 from blockprune.cli.options import TrainingOptions
 from blockprune.cli.output import (
+    INTERRUPTED,
     plural,
     print_line,
     print_table,
@@ -44,9 +45,6 @@ TRAIN_BATCH = 64
 
 EPOCH_SAMPLES = 50_000
 """Of the training data of CIFAR-10, the papers' data set."""
-
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn
 
+from blockprune.cli.output import INTERRUPTED
+from blockprune.cli.progress import Bar
 from blockprune.data import load_digits
 from blockprune.lottery.experiment import Policy, tickets_at_initialisation
 from blockprune.lottery.recipe import Recipe
@@ -22,9 +22,6 @@ from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.report import comparison_table, reading_notes, staged_folder, write_report
 
 __all__ = ["Settings", "demo_command", "settings_of"]
-
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def run_demo(settings: Settings, out: Path, *, force: bool = False) -> int:
             with preserved_rng():
                 seed_rng(settings.recipe.seed)
                 dense = resnet32(data.num_classes, in_channels=data.image_shape[0])
-            with _one_thread(), _LiveProgress(settings) as watcher:
+            with _one_thread(), _DemoBar(settings) as watcher:
                 result = tickets_at_initialisation(
                     dense, data, settings.recipe, settings.policy, name="ResNet32", watcher=watcher
                 )
@@ -109,42 +106,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _LiveProgress:
-    """The experiment's watcher: one bar over all steps of all networks, on stderr."""
+class _DemoBar(Bar):
+    """The experiment's watcher: one bar over all steps of all networks."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         self._networks = 1 + len(settings.policy.ps)
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("Starting", total=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def stage(self, text: str) -> None:
         """Show what begins."""
-        self._progress.update(self._task, description=text)
+        self.update(description=text)
 
     def step(self, p: int, step: TrainingProgress) -> None:
         """Advance by one training step."""
         name = "dense" if p == 0 else f"p={p}  "
-        self._progress.update(
-            self._task,
+        self.update(
             description=f"Epoch {step.epoch:>2}/{step.epochs}  {name}  loss {step.loss:.3f}",
             total=self._networks * step.epochs * step.iterations,
             advance=1,

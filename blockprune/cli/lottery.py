@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.table import Table
 
+from blockprune.cli.output import INTERRUPTED
+from blockprune.cli.progress import Bar
 from blockprune.lottery.record import RunRecord, TicketCase, VerdictRecord
 from blockprune.lottery.running import Event, run
 from blockprune.lottery.suites import read_specs
 
-__all__ = ["INTERRUPTED", "Bar", "run_command", "verdict_table"]
-
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+__all__ = ["RunBar", "run_command", "verdict_table"]
 
 STAGE_WIDTH = 48
 
@@ -47,7 +44,7 @@ def run_command(spec_file: Path, out: Path, data_dir: Path | None, executor: str
     for spec in specs:
         folder = out if len(specs) == 1 else out / spec.name
         try:
-            with Bar() as bar:
+            with RunBar() as bar:
                 record = run(
                     spec,
                     folder,
@@ -103,38 +100,17 @@ def _accuracy(record: RunRecord, case: TicketCase) -> str:
     return f"{100 * sum(found) / len(found):.2f}" if found else "-"
 
 
-class Bar:
-    """One bar over all stages, on stderr."""
+class RunBar(Bar):
+    """One bar over all stages of a run."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task("Starting", total=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+        super().__init__(BarColumn(bar_width=20), MofNCompleteColumn())
 
     def show(self, event: Event) -> None:
         """Say what is over."""
         text = event.stage
         if len(text) > STAGE_WIDTH:
             text = f"{text[: STAGE_WIDTH - 3]}..."
-        self._progress.update(
-            self._task, description=text, completed=event.finished, total=event.total
-        )
+        self.update(description=text, completed=event.finished, total=event.total)
         if event.kind == "failed":
-            self._progress.console.print(f"failed: {event.stage}: {event.detail}", markup=False)
+            self.print(f"failed: {event.stage}: {event.detail}")

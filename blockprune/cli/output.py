@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 __all__ = [
+    "INTERRUPTED",
     "count",
     "plural",
     "print_detail",
@@ -25,6 +26,9 @@ __all__ = [
     "working",
     "wrap_name",
 ]
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
 
 GAP = 2
 NARROWEST_NAME = 20

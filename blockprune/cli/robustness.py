@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from blockprune.cli.lottery import INTERRUPTED, Bar
-from blockprune.cli.output import print_line, print_table, working
+from blockprune.cli.lottery import RunBar
+from blockprune.cli.output import INTERRUPTED, print_line, print_table, working
 from blockprune.errors import BlockpruneError, DataError, ModelSpecError, SpecError
 from blockprune.lottery.record import RunRecord
 from blockprune.report.robust_figures import measures_of
@@ -105,7 +104,7 @@ def of_run(
         )
     _check_networks(record, home)
     try:
-        with Bar() as bar:
+        with RunBar() as bar:
             found = run(
                 spec,
                 home,
@@ -214,9 +213,9 @@ def _built(model: str, arguments: Sequence[str]) -> Any:
 
 
 def _images(name: str, data_dir: Path | None, image_size: int | None, seed: int) -> Any:
-    from blockprune.data import DATASETS, load_data
+    from blockprune.data import data_options, load_data
 
-    known = inspect.signature(DATASETS[name]).parameters if name in DATASETS else {}
+    known = data_options(name)
     options = {"augment": False, "seed": seed, "image_size": image_size}
     if image_size is not None and "image_size" not in known:
         raise DataError(f"{name} has images of one size: leave --image-size out.")

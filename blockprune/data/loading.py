@@ -14,7 +14,7 @@ from blockprune.data.images import ImageData
 from blockprune.data.mnist import load_mnist
 from blockprune.errors import DataError, close_names
 
-__all__ = ["DATASETS", "load_data"]
+__all__ = ["DATASETS", "data_options", "load_data"]
 
 DATASETS: dict[str, Callable[..., ImageData]] = {
     # Ships with scikit-learn.
@@ -27,6 +27,19 @@ DATASETS: dict[str, Callable[..., ImageData]] = {
     "tiny-imagenet": load_tiny_imagenet,
     "imagenet": load_imagenet,
 }
+
+
+def data_options(name: str) -> tuple[str, ...]:
+    """Return the options that the loader of a data set takes; none where there is no such set.
+
+    Example:
+        >>> from blockprune.data import data_options
+        >>> data_options("cifar10")
+        ('download', 'augment')
+    """
+    loader = DATASETS.get(name)
+    parameters = () if loader is None else inspect.signature(loader).parameters
+    return tuple(parameter for parameter in parameters if parameter != "root")
 
 
 def load_data(name: str, root: str | Path | None = None, **options: Any) -> ImageData:
@@ -53,7 +66,7 @@ def load_data(name: str, root: str | Path | None = None, **options: Any) -> Imag
             f"There is no data set {name!r}.{close_names(name.lower(), DATASETS)} "
             f"Known: {', '.join(DATASETS)}."
         )
-    known = [parameter for parameter in inspect.signature(loader).parameters if parameter != "root"]
+    known = data_options(name)
     for option in options:
         if option not in known:
             raise DataError(

@@ -1,28 +1,17 @@
-"""What the papers found, and whether this run shows the same: decided by rule from its figures.
-
-Differences are paired by seed, with intervals of Student's t as for verdicts. What a seed says is
-the mean over all that is compared in it, since tickets of one seed are not independent; a seed that
-lacks one of them says nothing. A finding *holds* or *fails* where the interval says so, and is
-*undecided* where it does not: with few seeds that is the usual answer, and no sign against the
-paper.
-"""
+"""What the papers found, and whether this run shows the same, as `deciding` has it."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 from blockprune.lottery.record import StabilityRecord, TicketCase
-from blockprune.lottery.verdicts import paired_interval
 from blockprune.report.cases import INITIALISATION, Cases
+from blockprune.report.deciding import Decision, Finding, above_zero, against
 from blockprune.report.grouping import by_group
 from blockprune.report.sections import Cell, Part, Section, Table
 
-__all__ = ["Finding", "findings_of", "findings_section"]
-
-Decision = Literal["holds", "fails", "undecided"]
+__all__ = ["findings_of", "findings_section"]
 
 STABLE = 0.02
 """Instability below which a network is stable (Frankle et al., 2020)."""
@@ -31,23 +20,6 @@ ALIKE = ("magnitude", "l1", "l2")
 LATE = ("softmax", "minmax")
 FEW = 0.5
 """Share of a ticket's connections below which what it has in common with others is little."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A claim of a paper, and what a run says to it.
-
-    Attributes:
-        paper: where it stands.
-        claim: in one sentence.
-        decision: of this run.
-        figures: that decided.
-    """
-
-    paper: str
-    claim: str
-    decision: Decision
-    figures: str
 
 
 def findings_section(cases: Cases) -> Section | None:
@@ -115,14 +87,14 @@ def _at_initialisation(cases: Cases) -> Iterator[Finding]:
             decision,
             f"Of {len(verdicts)}: {said}.",
         )
-    yield from _against(
+    yield from against(
         cases,
         "Jordao et al. 2023, Table 2",
         "GraSP finds better tickets of blocks than SNIP.",
         [(case, case.model_copy(update={"criterion": "snip"})) for case in tickets
          if case.criterion == "grasp"],
     )  # fmt: skip
-    yield from _against(
+    yield from against(
         cases,
         "control",
         "Criteria find better tickets of blocks than chance.",
@@ -139,7 +111,7 @@ def _filters(cases: Cases) -> Iterator[Finding]:
             if (case.structure, case.matched) == (structure, matched)
         ]
         is_table_3 = (structure, matched) == ("filters", "filters")
-        yield from _against(
+        yield from against(
             cases,
             "Jordao et al. 2023, Table 3" if is_table_3 else "open question",
             f"Tickets of blocks are better than those of {structure} matched by {matched}.",
@@ -168,21 +140,21 @@ def _levels(cases: Cases) -> Iterator[Finding]:
         alike = [(found[n], plain[n]) for found in others for n in found if n in plain]
         claim = f"L1 and L2 find tickets as good as magnitude ({group})."
         xi = cases.record.xi_points
-        yield from _against(cases, "Layerwise importance, 3.2", claim, alike, tolerance=xi)
+        yield from against(cases, "Layerwise importance, 3.2", claim, alike, tolerance=xi)
         late = [
             (plain[last], by_name[name][last])
             for name in LATE
             if name in by_name and (last := max(by_name[name])) in plain
         ]
         claim = f"At the last level softmax and min-max fall behind magnitude ({group})."
-        yield from _against(cases, "Layerwise importance, 3.1", claim, late)
+        yield from against(cases, "Layerwise importance, 3.1", claim, late)
         random = [
             (case, control.case)
             for case in members
             if (control := cases.random_of(case)) is not None
         ]
         claim = f"Tickets of weights are better than random masks of their proportions ({group})."
-        yield from _against(cases, "Frankle et al. 2019, Figure 3", claim, random)
+        yield from against(cases, "Frankle et al. 2019, Figure 3", claim, random)
 
 
 def _groups(cases: Cases) -> list[tuple[str, list[TicketCase]]]:
@@ -204,7 +176,7 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
             statistics.fmean(values)
             for values in zip(*((one.of_surviving, one.expected) for one in found), strict=True)
         )
-        decision, said = _above_zero(
+        decision, said = above_zero(
             cases, ((one.cases, one.seed, FEW - one.of_surviving) for one in found)
         )
         yield Finding(
@@ -225,7 +197,7 @@ def _overlaps(cases: Cases) -> Iterator[Finding]:
         more = sum(again > expected for again, expected in kept.values())
         beyond = {key: again / expected - 1 for key, (again, expected) in kept.items() if expected}
         mean = statistics.fmean(beyond.values() or (0.0,))
-        decision, said = _above_zero(cases, ((case, s, v) for (case, s), v in beyond.items()))
+        decision, said = above_zero(cases, ((case, s, v) for (case, s), v in beyond.items()))
         yield Finding(
             "Layerwise importance, 5",
             "What tickets share survives a partial re-initialisation more often than by chance.",
@@ -249,7 +221,7 @@ def _steadiness(cases: Cases) -> Iterator[Finding]:
         fewer = sum(shared < other for _, shared, other in pairs)
         apart = sum(shared != other for _, shared, other in pairs)
         means = [statistics.fmean(values) for values in zip(*(p[1:] for p in pairs), strict=True)]
-        decision, said = _above_zero(
+        decision, said = above_zero(
             cases, ((one.case, one.seed, other - shared) for one, shared, other in pairs)
         )
         yield Finding(
@@ -276,7 +248,7 @@ def _stability(cases: Cases) -> Iterator[Finding]:
         apart = [(one, getattr(one, noise).l2, getattr(other, noise).l2) for one, other in pairs]
         ratios = [other / own for _, own, other in apart if own]
         if ratios:
-            decision, said = _above_zero(
+            decision, said = above_zero(
                 cases, ((one.case, one.seed, other - own) for one, own, other in apart)
             )
             yield Finding(
@@ -305,7 +277,7 @@ def _later(
         lengths = [(a, getattr(a, noise).l2, getattr(b, noise).l2) for a, b in ends]
         closer = sum(last < first for _, first, last in lengths)
         means = [statistics.fmean(values) for values in zip(*(e[1:] for e in lengths), strict=True)]
-        decision, said = _above_zero(
+        decision, said = above_zero(
             cases, ((one.case, one.seed, first - last) for one, first, last in lengths)
         )
         yield Finding(
@@ -322,7 +294,7 @@ def _later_accuracy(cases: Cases) -> Iterator[Finding]:
     last = max((case.level for case in levels), default=0)
     ends = [(b, a) for a, b in _ends([case for case in levels if case.level == last])]
     claim = "Tickets of the last level that are rewound later are better."
-    yield from _against(cases, "Frankle et al. 2019, Figure 4", claim, ends)
+    yield from against(cases, "Frankle et al. 2019, Figure 4", claim, ends)
 
 
 def _ends(members: Sequence[TicketCase]) -> list[tuple[TicketCase, TicketCase]]:
@@ -344,7 +316,7 @@ def _connected(cases: Cases) -> Iterator[Finding]:
         return
     stable = sum(one.instability < STABLE for one in lines)
     values = [100 * one.instability for one in lines]
-    decision, said = _above_zero(
+    decision, said = above_zero(
         cases, ((one.case, one.seed, 100 * (STABLE - one.instability)) for one in lines)
     )
     yield Finding(
@@ -354,81 +326,3 @@ def _connected(cases: Cases) -> Iterator[Finding]:
         f"{stable} of {len(lines)} are; instability {min(values):.2f} to {max(values):.2f} points, "
         f"below 2 by {said}.",
     )
-
-
-# --- deciding -------------------------------------------------------------------------------------
-
-
-def _against(
-    cases: Cases,
-    paper: str,
-    claim: str,
-    pairs: Sequence[tuple[TicketCase, TicketCase]],
-    *,
-    tolerance: float | None = None,
-) -> Iterator[Finding]:
-    """Decide whether the first of each pair is better, on the mean of all pairs of a seed.
-
-    With a tolerance: whether both are as good, up to so many points.
-    """
-    by_seed = _by_seed(cases, pairs)
-    interval = paired_interval([*by_seed.values()], cases.record.confidence)
-    if interval is None:
-        return
-    low, high = interval
-    yield Finding(
-        paper,
-        claim,
-        _sign(interval) if tolerance is None else _within(interval, tolerance),
-        f"{statistics.fmean(by_seed.values()):+.2f} points [{low:+.2f}, {high:+.2f}] on the mean "
-        f"of {len(pairs)} comparison{'' if len(pairs) == 1 else 's'}"
-        f"{'' if tolerance is None else f', with a tolerance of {tolerance:g}'}, "
-        f"{len(by_seed)} seeds.",
-    )
-
-
-def _by_seed(cases: Cases, pairs: Sequence[tuple[TicketCase, TicketCase]]) -> dict[int, float]:
-    """Return, for each seed that has all of the pairs, their mean difference, in points."""
-    return _means(
-        ((one, other), network.seed, 100 * (network.accuracy - beside.accuracy))
-        for one, other in pairs
-        for network in cases.networks(one)
-        for beside in cases.networks(other)
-        if beside.seed == network.seed
-    )
-
-
-def _means(found: Iterable[tuple[Hashable, int, float]]) -> dict[int, float]:
-    """Return the mean of what each seed has a value of, for the seeds that have all of it."""
-    values: dict[int, dict[Hashable, float]] = {}
-    for what, seed, value in found:
-        values.setdefault(seed, {})[what] = value
-    every = {what for of_seed in values.values() for what in of_seed}
-    return {
-        seed: statistics.fmean(of_seed.values())
-        for seed, of_seed in values.items()
-        if len(of_seed) == len(every)
-    }
-
-
-def _above_zero(cases: Cases, found: Iterable[tuple[Hashable, int, float]]) -> tuple[Decision, str]:
-    """Decide whether values are above 0, on the mean of a seed, and say their interval."""
-    by_seed = _means(found)
-    interval = paired_interval([*by_seed.values()], cases.record.confidence)
-    if interval is None:
-        return "undecided", f"no interval of {len(by_seed)} seed{'' if len(by_seed) == 1 else 's'}"
-    low, high = interval
-    mean = statistics.fmean(by_seed.values())
-    return _sign(interval), f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] over {len(by_seed)} seeds"
-
-
-def _sign(interval: tuple[float, float]) -> Decision:
-    low, high = interval
-    return "holds" if low > 0 else "fails" if high < 0 else "undecided"
-
-
-def _within(interval: tuple[float, float], tolerance: float) -> Decision:
-    low, high = interval
-    if -tolerance <= low and high <= tolerance:
-        return "holds"
-    return "fails" if high < -tolerance or low > tolerance else "undecided"
