@@ -5,18 +5,21 @@ Numbers may differ by a few units in the last place, which is what another order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.tracing import Call, tensors_in
+from blockprune.tracing import Call, map_tensors, tensors_in
 
 __all__ = [
     "GRADIENT_ULPS",
     "OUTPUT_ULPS",
     "SEED",
+    "Difference",
     "Outcome",
     "difference_of",
     "fresh",
@@ -32,6 +35,22 @@ GRADIENT_ULPS = 32.0
 
 Outcome = tuple[Any, dict[str, Tensor] | None]
 """Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two computations differ.
+
+    Attributes:
+        what: in words.
+        may_be_rounding: finite numbers alone differ, so that more precision may be the end of it.
+    """
+
+    what: str
+    may_be_rounding: bool = False
+
+    def __str__(self) -> str:
+        return self.what
 
 
 def fresh(call: Call) -> Call:
@@ -56,32 +75,57 @@ def types_of(value: Any) -> Any:
     return name
 
 
-def difference_of(found: Any, expected: Any, ulps: float, scale: float | None = None) -> str:
-    """Describe the first difference of two nested values, or return an empty string.
+def difference_of(
+    found: Any, expected: Any, ulps: float, scale: float | None = None
+) -> Difference | None:
+    """Return the first difference of two nested values, None where there is none.
 
     Numbers may differ by `ulps` units in the last place of `scale`, else of the largest expected.
     In float64 a thousand times that is still nothing that a wrong ticket would pass.
     """
     ours, theirs = list(tensors_in(found)), list(tensors_in(expected))
     if len(ours) != len(theirs):
-        return f"{len(ours)} tensors instead of {len(theirs)}"
-    for a, b in zip(ours, theirs, strict=True):
+        return Difference(f"{len(ours)} tensors instead of {len(theirs)}")
+    plain, wanted = _plain_in(found), _plain_in(expected)
+    if plain != wanted:
+        return Difference(f"{plain} beside its tensors instead of {wanted}")
+    for a, b in zip(map(_dense, ours), map(_dense, theirs), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}"
+            return Difference(f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}")
         if b.is_meta or torch.equal(a, b):
             continue  # a tensor of the meta device has a shape and no values
         if not (a.dtype.is_floating_point or a.dtype.is_complex):
-            return f"{int((a != b).sum())} elements of a {a.dtype} tensor differ"
+            return Difference(f"{int((a != b).sum())} elements of a {a.dtype} tensor differ")
         finite = b.isfinite()
         if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
-            return "infinities or NaNs at other places"
+            return Difference("infinities or NaNs at other places")
         size = _largest(b[finite]) if scale is None else scale
         gap = _largest((a - b)[finite])
         # Not "gap > bound": a NaN where the reference is finite must not pass.
         room = 1000.0 if b.dtype == torch.float64 else 1.0
         if not gap <= room * ulps * torch.finfo(b.dtype).eps * size:
-            return f"largest difference {gap:.3g} on values up to {size:.3g}"
-    return ""
+            return Difference(
+                f"largest difference {gap:.3g} on values up to {size:.3g}", math.isfinite(gap)
+            )
+    return None
+
+
+def _plain_in(value: Any) -> list[Any]:
+    """Return the numbers and texts that stand beside the tensors of a nested value."""
+    found: list[Any] = []
+
+    def keep(item: Any) -> None:
+        # NaN is not equal to itself.
+        if isinstance(item, bool | int | str) or (isinstance(item, float) and item == item):
+            found.append(item)
+
+    map_tensors(value, lambda tensor: tensor, other=keep)
+    return found
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    # Embeddings may have sparse gradients, which little can be done with.
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _finite(tensor: Tensor) -> Tensor:
@@ -94,24 +138,35 @@ def _largest(tensor: Tensor) -> float:
 
 
 def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Return the gradient of a fixed random projection of the outputs, by name of parameter.
+
+    It is zero where nothing of a parameter reaches the outputs.
+    """
     heads = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
     # A tied weight has several names, and the ticket may have lost the first of them.
     every = module.named_parameters(remove_duplicate=False)
     named = {name: parameter for name, parameter in every if parameter.requires_grad}
-    if not heads or not named:
-        return {}
     generator = torch.Generator().manual_seed(SEED)
     cotangents = [
         torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
         for t in heads
     ]
-    found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
-    pairs = zip(named, found, strict=True)
-    return {name: gradient for name, gradient in pairs if gradient is not None}
+    reached = heads and named
+    found = (
+        torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
+        if reached
+        else [None] * len(named)
+    )
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else _dense(gradient)
+        for (name, parameter), gradient in zip(named.items(), found, strict=True)
+    }
 
 
-def gradients_differ(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Name the first parameter whose gradient differs, and how; "" if none does.
+def gradients_differ(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Difference | None:
+    """Name the first parameter whose gradient differs, and how; None if none does.
 
     A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
     that of the whole backward pass.
@@ -121,5 +176,5 @@ def gradients_differ(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         wanted = expected.get(name, torch.zeros_like(gradient))
         difference = difference_of(gradient, wanted, GRADIENT_ULPS, scale)
         if difference:
-            return f"the gradient of {name!r} differs: {difference}"
-    return ""
+            return replace(difference, what=f"the gradient of {name!r} differs: {difference}")
+    return None

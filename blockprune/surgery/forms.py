@@ -70,8 +70,8 @@ def _outcomes_differ(found: Outcome, expected: Outcome, names: Callable[[str], s
         return f"it returns {types_of(found[0])} instead of {types_of(expected[0])}"
     difference = difference_of(found[0], expected[0], OUTPUT_ULPS)
     if difference or expected[1] is None:
-        return difference
+        return str(difference or "")
     if found[1] is None:
         return "its backward pass fails, which it did not before"
     gradients = {names(name): gradient for name, gradient in found[1].items()}
-    return gradients_differ(gradients, expected[1])
+    return str(gradients_differ(gradients, expected[1]) or "")

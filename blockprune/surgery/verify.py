@@ -28,6 +28,7 @@ from blockprune.randomness import LayoutFreeDraws, seed_rng
 from blockprune.surgery.comparing import (
     OUTPUT_ULPS,
     SEED,
+    Difference,
     Outcome,
     difference_of,
     fresh,
@@ -86,7 +87,7 @@ def verify(
     with isolated():
         try:
             modes = _prove(model, ticket, traced.call, traced.regions, references, graphs)
-        except VerificationError as error:
+        except _ApartInNumbers as error:
             # Another layout in memory rounds otherwise; in float64 nothing but that is left of it.
             try:
                 modes = _prove(
@@ -98,8 +99,16 @@ def verify(
                     graphs,
                 )
             except Exception:
-                raise error from None
+                raise VerificationError(str(error)) from None
     return tuple(mode for mode in ("eval", "train") if mode in modes)
+
+
+class _ApartInNumbers(VerificationError):
+    """Finite numbers differ by more than a few units in the last place, and nothing else does."""
+
+
+def _apart(difference: Difference, message: str) -> VerificationError:
+    return (_ApartInNumbers if difference.may_be_rounding else VerificationError)(message)
 
 
 def _prove(
@@ -163,10 +172,11 @@ def _compare_with_eager(
         found = _run(followed, call, mode)
         difference = difference_of(found, expected, OUTPUT_ULPS)
         if difference:
-            raise VerificationError(
+            raise _apart(
+                difference,
                 f"the traced graph of {type(model).__name__} does not compute what the model "
                 f"does in {mode} mode: {difference}. Its forward keeps state or depends on "
-                "something that a trace cannot see; pass preserve_root=True to keep it."
+                "something that a trace cannot see; pass preserve_root=True to keep it.",
             )
     return types
 
@@ -179,7 +189,7 @@ def _compare_region(path: str, dense: _Side, kept: _Side, call: Call) -> set[str
     place = f"region {path!r}" if path else "the ticket"
     modes = set()
     for mode in ("eval", "train"):
-        outcome = _reference_outcome(dense, call, mode)
+        outcome = _reference_outcome(place, dense, call, mode)
         if outcome is not None:
             _compare_sides(place, dense, kept, *outcome, mode)
             modes.add(mode)
@@ -202,18 +212,28 @@ def _side(model: nn.Module, path: str, graphs: Mapping[str, fx.Graph]) -> _Side:
     return _Side(whole.get_submodule(path), graphs[path])
 
 
-def _reference_outcome(dense: _Side, call: Call, mode: str) -> tuple[Call, Outcome] | None:
-    """Return inputs that the reference runs on in this mode and what it gives, else None."""
+def _reference_outcome(
+    place: str, dense: _Side, call: Call, mode: str
+) -> tuple[Call, Outcome] | None:
+    """Return inputs that the reference runs on in this mode and what it gives, else None.
+
+    Raises:
+        VerificationError: it does not run in eval mode.
+    """
     # A single value a channel cannot be normalised in train mode; two samples can.
     doubled = call.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+    refusals: list[Exception] = []
     for differentiate in (True, False):  # some networks overwrite what their backward needs
         for candidate in (call, doubled):
             try:
                 return candidate, _outcome(dense, candidate, mode, differentiate=differentiate)
             except Exception as error:
-                refusal = error
+                refusals.append(error)
     if mode == "eval":
-        raise refusal
+        raise VerificationError(
+            f"{place} has nothing to be compared with: without these branches the dense model "
+            f"fails in eval mode: {type(refusals[0]).__name__}: {refusals[0]}"
+        ) from refusals[0]
     return None
 
 
@@ -230,14 +250,15 @@ def _compare_sides(
         ) from error
     difference = difference_of(found, expected, OUTPUT_ULPS)
     if difference:
-        raise VerificationError(
+        raise _apart(
+            difference,
             f"{place} differs from the zero-branch reference in {mode} mode at "
-            f"{_locate(dense, kept, call, mode)}: {difference}"
+            f"{_locate(dense, kept, call, mode)}: {difference}",
         )
     difference = gradients_differ(kept_gradients or {}, gradients or {})
     if difference:
-        raise VerificationError(
-            f"{place}, against the zero-branch reference in {mode} mode: {difference}"
+        raise _apart(
+            difference, f"{place}, against the zero-branch reference in {mode} mode: {difference}"
         )
 
 
@@ -286,13 +307,20 @@ def _compare_whole(
 ) -> None:
     reference = assemble(structural_copy(model), dict(references), graph_module)
     expected = _run(reference, call, "eval")
-    found = _run(structural_copy(ticket), call, "eval")
+    try:
+        found = _run(structural_copy(ticket), call, "eval")
+    except Exception as error:
+        raise VerificationError(
+            f"the ticket fails where the zero-branch reference runs, in eval mode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if types_of(found) != types:
         raise VerificationError(f"the ticket returns {types_of(found)}, the dense model {types}")
     difference = difference_of(found, expected, OUTPUT_ULPS)
     if difference:
-        raise VerificationError(
-            f"the ticket differs from the zero-branch reference in eval mode: {difference}"
+        raise _apart(
+            difference,
+            f"the ticket differs from the zero-branch reference in eval mode: {difference}",
         )
 
 
