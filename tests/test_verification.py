@@ -317,6 +317,42 @@ class TestRounding:
         with pytest.raises(VerificationError):
             cut(model)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("factor", [1.01, 1.002])
+    def test_half_precision_hides_nothing(
+        self, damaged: Callable[[Damage], None], dtype: torch.dtype, factor: float
+    ) -> None:
+        model, inputs = Net().to(dtype), INPUTS.to(dtype)
+        ticket = blockprune.remove_blocks(model, ["blocks.0"], inputs)
+        assert record_of(ticket).verified == ("eval", "train")  # type: ignore[union-attr]
+        damaged(with_call("stem", torch.mul, factor))
+        with pytest.raises(VerificationError):
+            blockprune.remove_blocks(model, ["blocks.0"], inputs)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_rounding_of_half_precision_passes(
+        self, damaged: Callable[[Damage], None], dtype: torch.dtype
+    ) -> None:
+        damaged(self.cancelling(100.0))
+        ticket = blockprune.remove_blocks(Net().to(dtype), ["blocks.0"], INPUTS.to(dtype))
+        assert record_of(ticket).verified == ("eval", "train")  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(("size", "passes"), [(0.25, True), (100.0, False)])
+    def test_half_precision_alone_is_given_some_room(
+        self, damaged: Callable[[Damage], None], size: float, passes: bool
+    ) -> None:
+        class Half(Net):
+            def forward(self, x: Tensor) -> Any:
+                return super().forward(x.bfloat16())
+
+        damaged(self.cancelling(size))
+        model, inputs = Half().bfloat16(), INPUTS.bfloat16()
+        if passes:
+            assert blockprune.remove_blocks(model, ["blocks.0"], inputs)(inputs)["width"] == 6
+        else:
+            with pytest.raises(VerificationError, match="values up to"):
+                blockprune.remove_blocks(model, ["blocks.0"], inputs)
+
     def test_the_first_difference_is_told_where_double_precision_cannot_run(
         self, damaged: Callable[[Damage], None]
     ) -> None:

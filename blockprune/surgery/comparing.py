@@ -1,6 +1,8 @@
 """Comparing two computations of one function: outputs, gradients, types.
 
 Numbers may differ by a few units in the last place, which is what another order of summation gives.
+Of numbers in half precision that would be some percent, and a wrong ticket could pass: where a
+network has such, its numbers are to be equal first, and are compared in float64 where they are not.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ __all__ = [
     "fresh",
     "gradients_differ",
     "gradients_of",
+    "is_coarse",
     "snapshot",
     "types_of",
 ]
@@ -32,6 +35,7 @@ __all__ = [
 SEED = 20240229
 OUTPUT_ULPS = 4.0
 GRADIENT_ULPS = 32.0
+COARSE = 1e-5
 
 Outcome = tuple[Any, dict[str, Tensor] | None]
 """Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
@@ -73,6 +77,14 @@ def types_of(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return name, [types_of(item) for item in value]
     return name
+
+
+def is_coarse(module: nn.Module) -> bool:
+    """Whether a module has numbers of so few digits that their last place says little."""
+    tensors = (*module.parameters(), *module.buffers())
+    return any(
+        tensor.is_floating_point() and torch.finfo(tensor.dtype).eps > COARSE for tensor in tensors
+    )
 
 
 def difference_of(
@@ -164,17 +176,18 @@ def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients_differ(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], room: float = 1.0
 ) -> Difference | None:
     """Name the first parameter whose gradient differs, and how; None if none does.
 
+    It may differ by `room` times what gradients may differ by.
     A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
     that of the whole backward pass.
     """
     scale = max((_largest(_finite(gradient)) for gradient in expected.values()), default=0.0)
     for name, gradient in found.items():
         wanted = expected.get(name, torch.zeros_like(gradient))
-        difference = difference_of(gradient, wanted, GRADIENT_ULPS, scale)
+        difference = difference_of(gradient, wanted, room * GRADIENT_ULPS, scale)
         if difference:
             return replace(difference, what=f"the gradient of {name!r} differs: {difference}")
     return None

@@ -19,6 +19,7 @@ from blockprune.surgery.comparing import (
     fresh,
     gradients_differ,
     gradients_of,
+    is_coarse,
     types_of,
 )
 from blockprune.tracing import Call, isolated, structural_copy
@@ -44,7 +45,7 @@ def differ(one: nn.Module, other: nn.Module, call: Call, names: Callable[[str], 
                 found = _drawn_alike(other, call, mode)
             except Exception as error:
                 return f"it fails in {mode} mode: {type(error).__name__}: {error}"
-            difference = _outcomes_differ(found, expected, names)
+            difference = _outcomes_differ(found, expected, names, 0.0 if is_coarse(one) else 1.0)
             if difference:
                 return f"in {mode} mode, {difference}"
     return ""
@@ -65,13 +66,15 @@ def _drawn_alike(model: nn.Module, call: Call, mode: str) -> Outcome:
     raise AssertionError
 
 
-def _outcomes_differ(found: Outcome, expected: Outcome, names: Callable[[str], str]) -> str:
+def _outcomes_differ(
+    found: Outcome, expected: Outcome, names: Callable[[str], str], room: float
+) -> str:
     if types_of(found[0]) != types_of(expected[0]):
         return f"it returns {types_of(found[0])} instead of {types_of(expected[0])}"
-    difference = difference_of(found[0], expected[0], OUTPUT_ULPS)
+    difference = difference_of(found[0], expected[0], room * OUTPUT_ULPS)
     if difference or expected[1] is None:
         return str(difference or "")
     if found[1] is None:
         return "its backward pass fails, which it did not before"
     gradients = {names(name): gradient for name, gradient in found[1].items()}
-    return str(gradients_differ(gradients, expected[1]) or "")
+    return str(gradients_differ(gradients, expected[1], room) or "")
