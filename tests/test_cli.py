@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockprune.cli import main
-from blockprune.cli.output import print_line, wrap_name
+from blockprune.cli.output import print_line, working, wrap_name
+from blockprune.cli.signals import sigterm_as_interrupt
 from blockprune.costs import paper_memory_bytes
 from blockprune.models import resnet20
 from blockprune.scoring import score_blocks
@@ -115,6 +118,38 @@ def test_granularity_changes_what_a_block_is(cli: Cli) -> None:
     assert "24 removable blocks (branches) in 12 modules" in out
 
 
+ROOT_ADDS = """
+from torch import nn
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+    def forward(self, x):
+        x = x + self.one(x)
+        return x + self.two(x)
+
+def root(): return Adds()
+def child(): return nn.Sequential(Adds(), nn.Linear(4, 2))
+"""
+
+
+def test_a_block_that_is_a_branch_of_the_root_names_it_as_its_owner(
+    cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "root_adds.py").write_text(ROOT_ADDS)
+    for factory, owner in (("root", "the root"), ("child", "0")):
+        spec = (f"root_adds:{factory}", "--input-shape", "2,4")
+        rows = [line.split("  ") for line in cli("analyze", *spec)[1].splitlines()]
+        owners = {row[0].strip(): row[1:] for row in rows}
+        branches = [block["name"] for block in _json(cli, "analyze", *spec)["blocks"]]
+        assert len(branches) == 2
+        for branch in branches:
+            assert owner in [cell.strip() for cell in owners[branch]]
+    sys.modules.pop("root_adds", None)
+
+
 def test_a_model_without_blocks_is_analysed(cli: Cli) -> None:
     code, out, err = cli("analyze", "torchvision:vgg11", "--input-shape", "1,3,32,32")
     assert (code, err) == (0, "")
@@ -182,6 +217,14 @@ def test_why_of_a_model_that_is_traced_whole(cli: Cli, stops: str) -> None:
     found = _json(cli, "analyze", f"{stops}whole")
     assert found["traced"] == {"as": "whole", "regions": [""]}
     assert found["leaves"] == []
+
+
+def test_a_refused_merge_of_unknown_shape_has_a_dash_for_it(cli: Cli, stops: str) -> None:
+    # What a module does that is not looked into, nobody has seen.
+    lines = cli("analyze", f"{stops}leaves", "--rejections")[1].splitlines()
+    for name in ("1", "2", "3", "4", "5"):
+        assert f"{name}  opaque  -" in lines
+    assert all(len(one["shape"]) == 4 for one in _json(cli, "analyze", RESNET20)["rejections"])
 
 
 def test_why_groups_leaves_of_one_class_and_reason(cli: Cli, stops: str) -> None:
@@ -1193,6 +1236,44 @@ def test_version(cli: Cli) -> None:
 def test_no_command_prints_the_help(cli: Cli) -> None:
     _, out, err = cli()
     assert "analyze" in out + err
+
+
+def test_an_end_of_options_alone_is_no_command(cli: Cli) -> None:
+    code, out, err = cli("--")
+    assert (code, out) == (2, "")
+    assert "Missing command." in err
+
+
+def test_sigterm_is_left_alone_outside_the_main_thread() -> None:
+    handlers: list[Any] = [signal.getsignal(signal.SIGTERM)]
+
+    def work() -> None:
+        with sigterm_as_interrupt():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(handlers) == 2
+    assert handlers[0] == handlers[1] == signal.getsignal(signal.SIGTERM)
+
+
+def test_a_spinner_turns_on_stderr_for_who_watches_and_shows_names_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, is_shown in ((Terminal(), True), (io.StringIO(), False)):
+        err = Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setenv("TERM", "xterm")
+        with working("Analysing [bold]x[/] ..."):
+            pass
+        assert out.getvalue() == ""
+        assert ("Analysing [bold]x[/] ..." in err.getvalue()) == is_shown
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

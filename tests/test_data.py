@@ -380,6 +380,15 @@ class TestTinyImageNet:
         with pytest.raises(DataError, match=r"The image .*n01629819_0.JPEG cannot be read"):
             data.train[2]
 
+    def test_a_damaged_first_image_is_named_at_once(self, tiny_root: Path) -> None:
+        path = tiny_root / "tiny-imagenet-200" / "val" / "images" / "val_0.JPEG"
+        path.write_bytes(b"no image")
+        with pytest.raises(DataError) as caught:
+            load_tiny_imagenet(tiny_root)
+        assert str(caught.value).startswith(f"The image {path} cannot be read")
+        # The data set is there: nobody need fetch it.
+        assert "was not found" not in str(caught.value)
+
 
 @pytest.fixture
 def imagenet_root(tmp_path: Path) -> Path:

@@ -177,6 +177,23 @@ class TestDemo:
         assert not present or (out / "table.txt").read_text() == "old"
         assert "nothing was written" in capsys.readouterr().err
 
+    def test_ctrl_c_names_the_folder_as_it_is(
+        self,
+        tiny: Settings,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def interrupted(*args: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo_module, "tickets_at_initialisation", interrupted)
+        # What rich would take for markup, and no line of 80 columns would hold.
+        out = tmp_path / "runs [bold]" / ("long" * 30)
+        assert run_demo(tiny, out) == 130
+        assert capsys.readouterr().err.endswith(f"Interrupted; nothing was written to {out}.\n")
+        assert list(tmp_path.iterdir()) == []
+
     def test_ctrl_c_while_writing_leaves_no_file(
         self, tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -24,6 +24,7 @@ from blockprune.profiling import (
     saturated_batch,
 )
 from blockprune.profiling import execution as execution_module
+from blockprune.profiling import saturation as saturation_module
 
 
 class Recorder(nn.Module):
@@ -391,6 +392,43 @@ def test_a_batch_that_does_not_fit_ends_the_search() -> None:
     assert (found.batch_size, found.reason) == (2, "memory")
     with pytest.raises(MeasurementError, match=r"model does not fit in the memory .* 3 GiB"):
         measure_latency(Small(3, 3), torch.zeros(1, 3), batch_sizes=(4,))
+
+
+def test_throughput_is_measured_batch_by_batch() -> None:
+    log: list[tuple[str, int]] = []
+    found = saturated_batch(Recorder("a", log), torch.zeros(1, 2), limit=2, repeats=1)
+    assert list(found.samples_per_s) == [1, 2]
+    assert all(value > 0 for value in found.samples_per_s.values())
+    sizes = [size for _, size in log]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {1, 2}
+
+
+def test_throughput_is_samples_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def scripted(model: nn.Module, inputs: Any, **options: Any) -> list[Latency]:
+        asked.append(options)
+        [size] = options["batch_sizes"]
+        return [Latency(size, {1: (9.0, 10.0, 50.0), 2: (16.0,)}.get(size, (32.0,)))]
+
+    monkeypatch.setattr(saturation_module, "measure_latency", scripted)
+    execution = Execution(channels_last=True)
+    found = saturated_batch(nn.Identity(), None, limit=4, repeats=7, execution=execution)
+    # One sample in 10 ms, two in 16, four in 32.
+    assert found.samples_per_s == pytest.approx({1: 100, 2: 125, 4: 125})
+    assert (found.batch_size, found.reason) == (2, "throughput")
+    assert {(one["repeats"], one["execution"]) for one in asked} == {(7, execution)}
+
+
+def test_what_fails_for_another_reason_than_memory_is_no_end_of_the_search() -> None:
+    def failing(size: int) -> float:
+        if size > 1:
+            raise MeasurementError("the clock stands still") from RuntimeError("x")
+        return 1.0
+
+    with pytest.raises(MeasurementError, match="the clock stands still"):
+        saturated_batch(nn.Identity(), None, throughput=failing)
 
 
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"gain": 1.0}, {"gain": -0.1}, {"repeats": 0}])

@@ -60,6 +60,19 @@ class TestProcesses:
         assert isinstance(found[1], RunError)
         assert "killed, or out of memory" in str(found[1])
 
+    def test_a_worker_that_dies_idle_costs_nobody_a_try(
+        self, pool: Processes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("blockprune.lottery.executors.TRIES", 0)
+        workers = pool._pool
+        os.kill(pool.submit(os.getpid).result(), signal.SIGKILL)
+        # Until the pool has seen it; with no tries left, a task lost with the worker would fail.
+        end = time.monotonic() + 60
+        while not workers._broken and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [pool.submit(echo, word).result() for word in ("one", "two")] == ["one", "two"]
+        assert pool._pool is not workers
+
     def test_errors_come_back(self, pool: Processes) -> None:
         assert isinstance(pool.submit(int, "x").exception(), ValueError)
 

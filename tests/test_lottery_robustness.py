@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from blockprune import prune, save_ticket
@@ -19,8 +20,10 @@ from blockprune.data import load_digits
 from blockprune.errors import DataError, SpecError
 from blockprune.lottery import RunRecord, Spec, run
 from blockprune.lottery.state import load_state
+from blockprune.lottery.work import WORK
 from blockprune.report import read_run
 from blockprune.robustness import RobustnessChoice, RobustnessResult, corrupt
+from blockprune.robustness.choices import check_files
 from tests.lottery_models import SPEC, Tiny, tiny
 
 pytest.importorskip("art", reason="needs the extra: pip install blockprune[attacks]")
@@ -35,6 +38,18 @@ CHOICE: dict[str, Any] = {
 
 def spec(**changes: Any) -> Spec:
     return Spec.parse({**SPEC, "seeds": 1, "controls": {"scratch": False}, **changes})
+
+
+class WithoutGradient(Tiny):
+    """A network that makes its pixels whole numbers, which has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach().round())
+
+
+def tiny_without_gradient() -> WithoutGradient:
+    torch.manual_seed(0)
+    return WithoutGradient()
 
 
 def invoke(*arguments: object) -> Result:
@@ -116,6 +131,10 @@ class TestRuns:
             ({"attacks": ["fgsm", "fgsm"]}, "named twice"),
             ({"corruptions": "none", "corruption_files": "X"}, "no use without corruptions"),
             ({"sample": 3}, "robustness.sample is unknown. Did you mean samples"),
+            (
+                {"attacks": [{"name": "pgd", "restart": 3}]},
+                "robustness.attacks.restart is unknown. Did you mean restarts",
+            ),
         ],
     )
     def test_what_is_refused(self, choice: dict[str, Any], message: str) -> None:
@@ -132,6 +151,24 @@ class TestRuns:
             run(spec(robustness=choice), tmp_path / "run")
         with pytest.raises(DataError, match=r"CIFAR-10-C|there"):
             run(spec(robustness=choice), tmp_path / "run", data_dir=tmp_path)
+        assert not (tmp_path / "run").exists()
+
+    def test_every_severity_of_the_files_is_found_first(self, tmp_path: Path) -> None:
+        for severity in ("1", "2", "3"):
+            folder = tmp_path / "digits-c" / "fog" / severity / "0"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "a.png")
+        check = {"corruptions": "fog", "corruption_files": "digits-c"}
+        check_files(RobustnessChoice(**check, severities=(1, 3)), tmp_path, 8)
+        # Were only the first looked at, all networks would be trained before the third is missed.
+        (folder / "a.png").unlink()
+        for absent in ((1, 3), (2, 4)):
+            with pytest.raises(DataError, match=rf"fog.{absent[1]} has no labelled images"):
+                run(
+                    spec(robustness={**check, "severities": absent}),
+                    tmp_path / "run",
+                    data_dir=tmp_path,
+                )
         assert not (tmp_path / "run").exists()
 
     def test_words_stand_for_lists(self) -> None:
@@ -184,6 +221,79 @@ class TestCommand:
         assert "--force" in again.output
         assert invoke(*arguments, "--force").exit_code == 0
         assert (tmp_path / "ticket.robustness.json").read_bytes() == before
+
+    def test_ctrl_c_says_how_to_go_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        record = run(spec(), tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setitem(WORK, "robustness", interrupted)
+            stopped = invoke(tmp_path, "--corruptions", "fog", "--severities", "1")
+        assert stopped.exit_code == 130
+        assert "the same command goes on" in stopped.stderr
+        assert read_run(tmp_path) == record
+
+    def test_what_cannot_be_measured_is_told_and_is_the_exit_code(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measure = WORK["robustness"]
+
+        def failing(bench: Any, inputs: Any, folder: Path) -> Any:
+            if inputs["dense"] is None:
+                raise RuntimeError("the dense network is not to be had")
+            return measure(bench, inputs, folder)
+
+        run(spec(), tmp_path)
+        monkeypatch.setitem(WORK, "robustness", failing)
+        done = invoke(tmp_path, "--corruptions", "fog", "--severities", "1")
+        assert done.exit_code == 1
+        assert (
+            "failed: seed 0: robustness of dense: RuntimeError: the dense network is not to be had"
+            in " ".join(done.stderr.split())
+        )
+        found = read_run(tmp_path)
+        assert [one.case.kind for one in found.robustness] == ["ticket", "random"]
+        assert list(found.failures) == ["seed 0: robustness of dense"]
+
+    def test_signs_of_masked_gradients_are_printed(self, tmp_path: Path) -> None:
+        dense = tiny_without_gradient()
+        image = load_digits().train[0][0].unsqueeze(0)
+        save_ticket(prune(dense, criterion="l1", p=1, example_inputs=image), tmp_path / "t.ticket")
+        done = invoke(
+            tmp_path / "t.ticket", "--model", f"{__name__}:tiny_without_gradient",
+            "--corruptions", "none", "--attacks", "fgsm", "--samples", "10",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert done.output.count("Caution: The loss has no gradient at 100% of the images.") == 1
+
+    def test_images_of_one_size_have_no_other(self, tmp_path: Path) -> None:
+        done = invoke(
+            tmp_path / "ticket.safetensors", "--model", "tests.lottery_models:tiny",
+            "--data", "mnist", "--data-dir", tmp_path, "--image-size", "16",
+        )  # fmt: skip
+        assert done.exit_code == 1
+        assert "mnist has images of one size: leave --image-size out." in done.stderr
+
+    def test_arguments_of_the_factory_are_numbers_or_text(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: dict[str, Any] = {}
+
+        def factory(**arguments: Any) -> nn.Module:
+            given.update(arguments)
+            return Tiny()
+
+        monkeypatch.setattr("tests.lottery_models.tiny", factory)
+        texts = {"a": "4", "b": "0.5", "c": "true", "d": "null", "e": "gelu", "f": "4x"}
+        arguments = [
+            part for key, v in texts.items() for part in ("--model-argument", f"{key}={v}")
+        ]
+        invoke(tmp_path / "absent", "--model", "tests.lottery_models:tiny", *arguments)
+        assert given == {"a": 4, "b": 0.5, "c": True, "d": None, "e": "gelu", "f": "4x"}
+        assert type(given["a"]) is int
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import blockprune.lottery.checkpoints as checkpoints_module
 import blockprune.lottery.work as work_module
 from blockprune import remove_blocks, score_blocks
 from blockprune.cli import app
-from blockprune.data import balanced_batch, load_digits
+from blockprune.criteria import NoDataWarning
+from blockprune.data import DATASETS, balanced_batch, load_digits
 from blockprune.errors import CriterionError, DataError, ModelSpecError, PlanError
 from blockprune.lottery import RunRecord, Spec, run
 from blockprune.lottery.recipe import Recipe
@@ -32,8 +37,8 @@ from blockprune.lottery.stages import RunError
 from blockprune.lottery.state import TrainingState, load_state, save_state
 from blockprune.lottery.steps import Step
 from blockprune.lottery.training import evaluate, train
-from blockprune.lottery.work import fresh_seed
-from tests.lottery_models import SPEC, Tiny, network, tiny
+from blockprune.lottery.work import Setting, fresh_seed
+from tests.lottery_models import SPEC, Tiny, last_first, network, tiny
 
 ROOT = Path(__file__).parent.parent
 RECIPE = Recipe(epochs=2, lr=0.05, batch_size=64)
@@ -155,11 +160,16 @@ class TestByHand:
             spec(
                 recipe={**SPEC["recipe"], "epochs": 4},
                 early_bird={"criterion": "tests.lottery_models:restless", "window": 2},
+                similarities=True,
+                robustness={"corruptions": "contrast", "severities": [1]},
             ),
             tmp_path,
         )
         assert not [one for one in record.networks if one.case.early_bird]
         assert record.failures == {}
+        # Where there is no network, there is nothing to compare, and nothing to measure.
+        assert {one.case for one in record.robustness} == {one.case for one in record.networks}
+        assert [one.case.early_bird for one in record.similarities] == [False]
         assert any("had not settled" in note for note in record.notes)
 
     def test_iterative_scores_again(self, tmp_path: Path) -> None:
@@ -278,7 +288,7 @@ class TestKilled:
         assert record.without_times() == whole.without_times()
         assert not list(folder.glob("stages/unfinished/*/*"))
 
-    @pytest.mark.parametrize("file", ["state.safetensors", "epochs.json", "kept"])
+    @pytest.mark.parametrize("file", ["state.safetensors", "epochs.json", "kept", "figures"])
     def test_a_damaged_checkpoint_begins_anew(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
     ) -> None:
@@ -302,10 +312,13 @@ class TestKilled:
             patch.setattr(checkpoints_module, "train", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run(asked, folder)
-        pattern = f"*/epoch-*/{file}" if file != "kept" else "*/state-*"
-        [damaged] = folder.glob(f"stages/unfinished/{pattern}")
+        place = {"kept": "state-*", "figures": "epoch-*/epochs.json"}.get(file, f"epoch-*/{file}")
+        [damaged] = folder.glob(f"stages/unfinished/*/{place}")
         content = damaged.read_bytes()
-        damaged.write_bytes(content[:-20] + bytes(20))
+        # JSON as whole as before, with another loss in it; or an end that is lost.
+        changed = re.sub(rb"(loss[^0-9]+)[0-9]", rb"\g<1>7", content, count=1)
+        damaged.write_bytes(changed if file == "figures" else content[:-20] + bytes(20))
+        assert damaged.read_bytes() != content
         record = run(asked, folder)
         assert any("checkpoint" in note and "began anew" in note for note in record.notes)
         assert _without_damage(record) == whole.without_times()
@@ -373,6 +386,54 @@ class TestCurves:
         assert set(logged) == {one.stage for one in record.networks}
         for rows in logged.values():
             assert rows == [(name, n) for n in (1, 2, 3) for name in ("loss", "accuracy")]
+
+
+def loud(context: Any) -> dict[str, float]:
+    """Warn of what a reader must know, of something else, and rank as `last_first` does."""
+    warnings.warn("no data were looked at", NoDataWarning, stacklevel=1)
+    warnings.warn("a library changes", FutureWarning, stacklevel=1)
+    return last_first(context)
+
+
+class TestWarnings:
+    def test_those_of_this_package_are_notes_and_others_are_shown(self, tmp_path: Path) -> None:
+        asked = spec(criteria=f"{__name__}:loud", controls={"random": False, "scratch": False})
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            record = run(asked, tmp_path)
+        assert record.failures == {}
+        [note] = [note for note in record.notes if "no data were looked at" in note]
+        assert note.startswith("seed 0: score by")
+        said = [str(one.message) for one in shown]
+        assert "a library changes" in said
+        assert "no data were looked at" not in said
+        assert not any("a library changes" in note for note in record.notes)
+
+
+class TestSettings:
+    def setting(self, **data: Any) -> Setting:
+        told = {
+            "model": {"name": "tests.lottery_models:tiny", "arguments": {}},
+            "data": {"name": "digits", "image_size": None, "options": {}, **data},
+            "granularity": "branch",
+        }
+        return Setting.of(told, None)
+
+    def test_images_have_the_size_asked_for(self) -> None:
+        assert self.setting().image.shape == (1, 1, 8, 8)
+        large = self.setting(image_size=16)
+        assert large.images.image_shape == (1, 16, 16)
+        assert large.image.shape == (1, 1, 16, 16)
+
+    def test_images_that_are_not_tensors_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def pictures(root: Path, options: int = 0) -> Any:
+            found = load_digits()
+            return dataclasses.replace(found, train=[(Image.new("L", (8, 8)), 0)])
+
+        monkeypatch.setitem(DATASETS, "pictures", pictures)
+        setting = dataclasses.replace(self.setting(name="pictures"), data_dir=".")
+        with pytest.raises(DataError, match="images are Image, not tensors"):
+            _ = setting.image
 
 
 class TestWrong:
@@ -496,6 +557,16 @@ class TestCommand:
         record = RunRecord.from_json((out / "results.json").read_bytes())
         assert record.command == "blockprune lottery run spec.json --out out"
         assert str(tmp_path) not in (out / "results.json").read_text()
+
+    def test_the_command_of_the_record_names_no_folder_of_data(self, tmp_path: Path) -> None:
+        file = tmp_path / "spec.json"
+        file.write_text(spec(controls={"random": False, "scratch": False}).model_dump_json())
+        place = ["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "private")]
+        result = CliRunner().invoke(app, ["lottery", "run", str(file), *place])
+        assert result.exit_code == 0, result.output
+        record = RunRecord.from_json((tmp_path / "out" / "results.json").read_bytes())
+        assert record.command == "blockprune lottery run spec.json --out out --data-dir DATA"
+        assert "private" not in (tmp_path / "out" / "results.json").read_text()
 
     def test_a_failure_is_the_exit_code(self, tmp_path: Path) -> None:
         file = tmp_path / "spec.json"

@@ -121,6 +121,12 @@ class TestReading:
         with pytest.raises(SpecError, match=message):
             Spec.read(file)
 
+    def test_a_spec_of_several_runs_is_not_one(self, tmp_path: Path) -> None:
+        file = tmp_path / "suite.toml"
+        file.write_text('name = "x"\n[[runs]]\nname = "a"\n')
+        with pytest.raises(SpecError, match=r"several runs: blockprune\.lottery\.read_specs"):
+            Spec.read(file)
+
     def test_an_absent_file(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="cannot be read"):
             Spec.read(tmp_path / "absent.toml")

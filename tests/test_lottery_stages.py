@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,14 @@ class TestStore:
         assert (folder / "manifest.json").read_bytes() == before
         assert [path.name for path in store.folder.iterdir()] == [folder.name]
 
+    def test_a_file_in_the_way_stays(self, store: StageStore) -> None:
+        store.path(STAGE).write_text("mine")
+        assert store.find(STAGE) is None
+        with pytest.raises(OSError, match=STAGE.folder):
+            write(store)
+        assert [path.name for path in store.folder.iterdir()] == [STAGE.folder]
+        assert store.path(STAGE).read_text() == "mine"
+
     def test_checkpoints_go_when_the_output_is_there(self, store: StageStore) -> None:
         checkpoint = store.unfinished(STAGE) / "epoch-000001"
         checkpoint.mkdir(parents=True)
@@ -201,6 +210,14 @@ class TestStore:
             pytest.fail("two runs at once")
         with store.alone():
             pass
+
+    def test_a_system_without_locks_runs_all_the_same(
+        self, store: StageStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        with store.alone():
+            folder = write(store)
+        assert list(store.folder.iterdir()) == [folder]
 
     def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,31 @@ class TestLevels:
             assert one.errors[0] == pytest.approx(1 - trained.accuracy)
             ends = (one.errors[0] + one.errors[-1]) / 2
             assert one.instability == pytest.approx(max(one.errors) - ends)
+
+    def test_of_three_importances_all_and_every_two_overlap(self, tmp_path: Path) -> None:
+        asked = spec(
+            levels={"importances": ["magnitude", "lamp", "synflow"], "count": 1, "share": 0.5},
+            controls={"random": False, "scratch": False},
+            recipe={**SPEC["recipe"], "epochs": 1},
+        )
+        record = run(asked, tmp_path)
+        assert record.failures == {}
+        kept = {
+            one.case.criterion: flat(masks(tmp_path, one.stage)).bool()
+            for one in record.networks
+            if one.case.level
+        }
+        found = {tuple(case.criterion for case in one.cases): one for one in record.overlaps}
+        assert sorted(map(len, found)) == [2, 2, 2, 3]
+        for names, one in found.items():
+            members = [kept[name] for name in names]
+            shared = torch.stack(members).all(0).sum().item()
+            fewest = min(int(keep.sum()) for keep in members)
+            total = len(members[0])
+            assert one.of_all == pytest.approx(shared / total)
+            assert one.of_surviving == pytest.approx(shared / fewest)
+            by_chance = math.prod(int(keep.sum()) / total for keep in members) * total / fewest
+            assert one.expected == pytest.approx(by_chance)
 
     def test_one_shot_levels_and_layers(self, tmp_path: Path) -> None:
         asked = spec(

@@ -9,18 +9,27 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from blockprune.errors import BlockpruneError
 from blockprune.lottery.results import ExperimentResult, NetworkResult
 from blockprune.report import (
+    BenchResult,
     comparison_markdown,
     comparison_table,
     plot_accuracy,
+    plot_bench,
     plot_blocks,
     reading_notes,
     staged_folder,
     write_report,
+)
+from blockprune.report.bench import (
+    MemoryFigures,
+    NetworkFigures,
+    TrainingFigures,
+    TrainingSettings,
 )
 
 FILES = ("results.json", "table.txt", "table.md", "accuracy.png", "blocks.png")
@@ -194,6 +203,94 @@ class TestPlots:
         )
         subprocess.run([sys.executable, "-c", code], check=True)
         assert (tmp_path / "accuracy.png").exists()
+
+
+def _bench(watts: float | None, *, is_trained: bool = True) -> BenchResult:
+    """Return a ticket whose every cost is another share of the dense network."""
+
+    def memory(percent: float) -> MemoryFigures:
+        return MemoryFigures(batch=4, peak_bytes=8, state_bytes=4, percent=percent, source="x")
+
+    def figures(name: str, share: float) -> NetworkFigures:
+        training = TrainingFigures(
+            batch=64,
+            step_ms=1,
+            step_iqr_ms=0,
+            step_interval_ms=(1, 1),
+            epoch_seconds=1,
+            epoch_interval_seconds=(1, 1),
+            percent=share * 60,
+            percent_interval=(share * 58, share * 61),
+            speed_up=1,
+            speed_up_interval=(1, 1),
+            memory=memory(share * 70),
+            kwh=1,
+            co2_kg=1,
+            co2_percent=share * 50,
+            energy=(),
+        )
+        return NetworkFigures(
+            name=name,
+            removed=(),
+            params=1,
+            params_saved_percent=100 - share * 90,
+            macs=1,
+            macs_saved_percent=100 - share * 80,
+            paper_memory_bytes=1,
+            paper_memory_saved_percent=0,
+            memory=(memory(share * 75),),
+            training=training if is_trained else None,
+        )
+
+    settings = TrainingSettings(batch=64, epoch_samples=100, watts=watts, grid_kg_per_kwh=0.432)
+    return BenchResult(
+        model="net",
+        inputs=((1, 3, 8, 8),),
+        device="cpu",
+        threads=1,
+        execution="",
+        repeats=3,
+        confidence=0.95,
+        criterion="l1",
+        granularity="branch",
+        training=settings if is_trained else None,
+        complete=True,
+        networks=(figures("dense", 100 / 80), figures("p=1", 1)),
+    )
+
+
+class TestBenchPlot:
+    @pytest.mark.parametrize(
+        ("result", "costs"),
+        [
+            (_bench(85.0, is_trained=False), {}),
+            # By formula CO2 is the time once more; metered, it is a figure of its own.
+            (_bench(85.0), {"training memory, batch 64": 70, "training time, batch 64": 60}),
+            (
+                _bench(None),
+                {"training memory, batch 64": 70, "training time, batch 64": 60, "CO2": 50},
+            ),
+        ],
+        ids=["not trained", "by formula", "metered"],
+    )
+    def test_a_row_is_a_cost(
+        self,
+        result: BenchResult,
+        costs: dict[str, float],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        drawn: list[Figure] = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+        plot_bench(result, tmp_path / "r.png")
+        [axes] = drawn[0].axes
+        expected = {"parameters": 90, "MACs": 80, "memory, batch 4": 75, **costs}
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(expected)
+        [dots] = [line for line in axes.lines if line.get_marker() == "o"]
+        assert list(dots.get_xdata()) == pytest.approx(list(expected.values()))
+        if costs:
+            ends = [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()]
+            assert ends[4] == pytest.approx([58, 61])
 
 
 class TestFiles:

@@ -638,6 +638,17 @@ class TestCommand:
         assert why in err
         assert not (tmp_path / "report").exists()
 
+    def test_a_report_that_cannot_be_written(
+        self, cli: Cli, run: RunRecord, tmp_path: Path
+    ) -> None:
+        (tmp_path / "results.json").write_text(run.to_json(), encoding="utf-8")
+        in_the_way = tmp_path / "report" / min(FILES)
+        in_the_way.mkdir(parents=True)
+        code, out, err = cli(tmp_path)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {tmp_path / 'report'} cannot be written to: ")
+        assert [*(tmp_path / "report").iterdir()] == [in_the_way]
+
     def test_a_run_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(BlockpruneError, match=r"does not exist\. Give the folder"):
             read_run(tmp_path / "nothing")

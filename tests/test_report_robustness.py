@@ -109,6 +109,42 @@ class TestAnswer:
             "Accuracy, calibration and agreement"
         ]
 
+    def test_clean_images_alone_compare_nothing(self, run: RunRecord) -> None:
+        easy = {
+            "corrupted_by": None,
+            "corruptions": (),
+            "corruption_errors": {},
+            "severity_errors": {},
+            "mean_error": None,
+            "shifts": (),
+            "attacks": (),
+        }
+        section = section_of(
+            with_results(
+                *(
+                    one.model_copy(update={"result": one.result.model_copy(update=easy)})
+                    for one in run.robustness
+                )
+            )
+        )
+        assert section.parts[0].text == (
+            "Not compared: no seed has both on harder images than the clean ones.",
+        )
+        assert section.parts[0].tables == ()
+        assert [table.columns[0] for table in section.parts[1].tables] == ["clean", "clean, %"]
+
+    def test_networks_of_other_seeds_are_not_compared(self) -> None:
+        section = section_of(
+            with_results(
+                RobustnessRecord(case=DENSE, seed=0, result=result_of(0.0, 0)),
+                RobustnessRecord(case=ticket("snip", 1), seed=1, result=result_of(0.02, 1)),
+            )
+        )
+        assert "no seed has both" in section.parts[0].text[0]
+        [(name, differences)] = section.parts[1].tables[0].rows
+        assert name == ticket("snip", 1).label()
+        assert {cell.text for cell in differences} == {"-"}
+
     def test_flags_name_the_network(self, run: RunRecord) -> None:
         [flag] = section_of(run).parts[1].text
         assert flag.startswith(f"Do not trust the attacks on {chance(1).label()}, seed 1: PGD")
@@ -164,6 +200,33 @@ class TestTables:
         at_8 = 100 * 0.9 / (1 + 4)
         assert f"dense: {at_8:.2f} % at epsilon, of 255 8" in str(figures["fgsm"].drawing)
         assert "epsilon, L2" in str(figures["deepfool, 50 steps"].drawing)
+
+    def test_a_network_without_an_attack_has_no_figure_for_it(self, run: RunRecord) -> None:
+        lacking = ticket("grasp", 1)
+        section = section_of(
+            with_results(
+                *(
+                    one.model_copy(
+                        update={
+                            "result": one.result.model_copy(
+                                update={"attacks": one.result.attacks[1:]}
+                            )
+                        }
+                    )
+                    if one.case == lacking
+                    else one
+                    for one in run.robustness
+                )
+            )
+        )
+        compared, absolute = section.parts[1].tables
+        assert column(compared, "fgsm")[lacking.label()] == "-"
+        assert column(absolute, "fgsm, %")[lacking.label()] == "-"
+        assert column(compared, "fgsm")[ticket("snip", 1).label()] == "(+) 0.00"
+        assert column(compared, "pgd, 20 steps")[lacking.label()] == "(+) 0.00"
+        figures = {f.title: f for f in part(section, "Against").figures}
+        others = [case.label() for case in EFFECTS if case != lacking]
+        assert [label for _, label in figures["fgsm"].legend] == others
 
 
 class TestFiles:

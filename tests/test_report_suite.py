@@ -114,6 +114,15 @@ class TestCommand:
         assert "it holds a list" in err
         assert not [*suite.rglob("report")]
 
+    def test_a_page_that_cannot_be_written(self, cli: Cli, suite: Path) -> None:
+        in_the_way = suite / "report" / "index.html"
+        in_the_way.mkdir(parents=True)
+        code, out, err = cli(suite)
+        assert code == 1
+        assert err.startswith(f"error: {suite / 'report'} cannot be written to: ")
+        assert "open" not in out
+        assert [*(suite / "report").iterdir()] == [in_the_way]
+
 
 def test_names_are_text(records: dict[str, RunRecord]) -> None:
     evil = '"><script>x</script>'

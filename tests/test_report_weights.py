@@ -184,6 +184,21 @@ class TestLevels:
         left = 100 * sum(left_of(layer, 1, "magnitude") for layer in LAYERS) / TOTAL
         assert f"{left:.2f} % of the weights left" in drawing
 
+    def test_an_importance_that_left_no_weights_has_no_curve(self, run: RunRecord) -> None:
+        networks = tuple(
+            one.model_copy(update={"weights_left": 0})
+            if (one.case.kind, one.case.criterion) == ("ticket", "lamp")
+            else one
+            for one in run.networks
+        )
+        section = found(levels_section(Cases(run.model_copy(update={"networks": networks}))))
+        shown = part(section, "Over all layers, iterative, rewound to initialisation")
+        drawing = str(shown.figures[0].drawing)
+        # An axis of logarithms has no place for nothing.
+        assert len(re.findall(r'<circle class="mark ', drawing)) == 2 * len(LEVELS)
+        assert [label for _, label in shown.figures[0].legend] == ["dense", "magnitude", "softmax"]
+        assert "lamp" in shown.tables[0].columns
+
     def test_verdicts_are_those_of_the_record(self, run: RunRecord) -> None:
         section = found(levels_section(Cases(run)))
         [table] = part(section, "Verdicts").tables
@@ -256,6 +271,16 @@ class TestMasks:
         assert len(shown.tables[0].rows) == len(LEVELS)
         assert [figure.title for figure in shown.figures] == ["By level"]
 
+    def test_pairs_alone_are_not_all_importances(self, run: RunRecord) -> None:
+        pairs = tuple(overlap for overlap in run.overlaps if len(overlap.cases) == 2)
+        cases = Cases(run.model_copy(update={"overlaps": pairs}))
+        shown = part(found(overlap_section(cases)), "Overlap of magnitude, lamp, softmax")
+        assert shown.tables[0].rows == ()
+        [figure] = shown.figures
+        share = 100 * (0.8 ** LEVELS[-1] + 0.01)
+        drawing = str(figure.drawing)
+        assert f"lamp, softmax: {share:.4g} % of the smaller ticket shared" in drawing
+
     def test_spread_and_sign_flips_leave_out_what_there_is_not(self, run: RunRecord) -> None:
         [table] = part(found(overlap_section(Cases(run))), "Spread").tables
         row = cells(table, leveled("lamp", 4).label())
@@ -309,6 +334,29 @@ class TestStability:
         one_step = tuple(s for s in run.stabilities if s.case.rewound_to == START)
         changed = run.model_copy(update={"stabilities": one_step, "connectivities": ()})
         assert len(found(stability_section(Cases(changed))).parts) == 1
+
+    def test_curves_say_in_what_they_differ(self, run: RunRecord) -> None:
+        def names(*others: dict[str, object]) -> list[str]:
+            more = tuple(
+                one.model_copy(update={"case": one.case.model_copy(update=other)})
+                for other in ({}, *others)
+                for one in run.stabilities
+                if one.case.kind == "ticket"
+            )
+            changed = run.model_copy(update={"stabilities": more, "connectivities": ()})
+            shown = part(found(stability_section(Cases(changed))), "Against the step")
+            return [label for _, label in shown.figures[0].legend]
+
+        assert names() == ["magnitude"]
+        assert names({"level": 2}) == ["magnitude, level 4", "magnitude, level 2"]
+        assert names({"scope": "layer"}) == [
+            "magnitude, over all layers, iterative",
+            "magnitude, each layer the same share, iterative",
+        ]
+        assert names({"level": 2, "schedule": "one-shot"}) == [
+            "magnitude, level 4, over all layers, iterative",
+            "magnitude, level 2, over all layers, one-shot",
+        ]
 
     def test_connectivity_counts_the_stable_seeds(self, run: RunRecord) -> None:
         shown = part(found(stability_section(Cases(run))), "Linear")
@@ -383,6 +431,46 @@ class TestStructures:
         changed = structures.model_copy(update={"verdicts": single})
         [loss, _] = part(found(structures_section(Cases(changed))), "Equal par").text
         assert "nothing says that this is more than chance" in loss
+
+    def test_what_is_not_judged_is_no_loss(self, structures: RunRecord) -> None:
+        def without(structure: str) -> Part:
+            judged = tuple(v for v in structures.verdicts if v.case.structure != structure)
+            changed = structures.model_copy(update={"verdicts": judged})
+            return part(found(structures_section(Cases(changed))), "Equal par")
+
+        shown = without("weights")
+        row = dict(shown.tables[0].rows)["snip, p=2"]
+        assert [cell.text == "not judged" for cell in row] == [False, False, True]
+        assert f"{round(467_946 * 0.88):,.0f} parameters" in row[2].small
+        # No sentence on losses: of latency, which needs no verdict, there is one.
+        [latency] = shown.text
+        assert latency.startswith("Means, as shares of dense: blocks")
+        drawing = str(shown.figures[0].drawing)
+        assert "filters, p=2:" in drawing
+        assert "weights, p=2:" not in drawing
+
+    def test_what_was_not_timed_has_no_latency(self, structures: RunRecord) -> None:
+        def timed(*which: str) -> Part:
+            networks = tuple(
+                one
+                if one.case.kind == "dense" or one.case.structure in which
+                else one.model_copy(update={"latency_ms": None})
+                for one in structures.networks
+            )
+            changed = structures.model_copy(update={"networks": networks})
+            return part(found(structures_section(Cases(changed))), "Equal par")
+
+        some = timed("blocks", "filters")
+        assert "weights" not in some.text[1]
+        assert "filters 0.88x MACs" in some.text[1]
+        assert [figure.title for figure in some.figures][:2] == ["snip", "grasp"]
+        assert "weights" not in re.sub(r"<text.*?</text>", "", str(some.figures[2].drawing))
+        row = dict(some.tables[0].rows)["snip, p=2"]
+        assert "latency not measured" in row[2].small
+        none = timed()
+        assert len(none.text) == 1
+        assert "latency" not in none.text[0]
+        assert [figure.title for figure in none.figures] == ["snip", "grasp"]
 
     def test_table_3_has_the_filters_of_one_block(self, structures: RunRecord) -> None:
         table = paper_tables(structures)[-1]

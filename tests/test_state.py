@@ -22,6 +22,7 @@ from blockprune.errors import CheckpointError
 from blockprune.lottery.state import TrainingState, load_state, save_state
 from blockprune.lottery.steps import Step
 from blockprune.models import resnet20
+from blockprune.tensor_files import TensorFiles
 
 TENSORS = {
     "float32": torch.randn(3, 2),
@@ -200,6 +201,14 @@ class TestFiles:
             scratch.write_bytes(changed)
             with pytest.raises(CheckpointError, match="damaged: its contents do not match"):
                 load_state(scratch)
+
+    def test_tensors_of_no_part_are_refused(self, scratch: Path) -> None:
+        # Whole, by the digest: as a later version might write.
+        header = {"step": {"epoch": 0, "iteration": 0}, "averaged": False}
+        files = TensorFiles("checkpoint", "x", json.loads(WHOLE)["format"], CheckpointError)
+        files.write(scratch, {"weights/w": torch.ones(1), "scaler/w": torch.ones(1)}, header)
+        with pytest.raises(CheckpointError, match=r"holds 'scaler/w', which is no part of a state"):
+            load_state(scratch)
 
     @given(content=st.binary(max_size=200))
     def test_of_anything(self, scratch: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import warnings
 
 import pytest
@@ -21,6 +22,13 @@ def test_a_compiled_model_is_analysed_as_the_model_it_wraps() -> None:
     names = blockprune.find_blocks(inner, torch.rand(IMAGES)).names
     found = blockprune.find_blocks(torch.compile(inner), torch.rand(IMAGES)).names
     assert found == tuple(f"_orig_mod.{name}" for name in names)
+
+
+@pytest.mark.parametrize("package", ["blockprune.lottery", "blockprune.robustness"])
+def test_names_that_load_late_are_listed_early(package: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    assert all(getattr(module, name) is not None for name in module.__all__)
 
 
 def test_a_data_parallel_wrapper_is_looked_into() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blockprune.errors import MeasurementError
-from blockprune.profiling import Energy, EnergyPart, Execution, StepTime, compare_training
+from blockprune.profiling import (
+    Energy,
+    EnergyPart,
+    Execution,
+    StepTime,
+    compare_training,
+    training_memory,
+)
+from blockprune.profiling import execution as execution_module
 from blockprune.profiling import training as training_module
 from blockprune.profiling.steps import TrainingStep
 from blockprune.profiling.training import metered_step, steps_of_epoch
@@ -151,6 +160,67 @@ def test_what_does_not_train_is_named_and_its_error_quoted() -> None:
         compare_training({"norm": nn.BatchNorm1d(2)}, torch.zeros(1, 2), batch_sizes=(1,))
     with pytest.raises(MeasurementError, match="flat has no parameter"):
         compare_training({"flat": nn.Flatten()}, torch.zeros(1, 2))
+
+
+def test_a_step_that_does_not_fit_in_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(outputs: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("3 GiB asked for")
+
+    said = "^{} does not fit in the memory of the device when it trains: 3 GiB asked for"
+    with pytest.raises(MeasurementError, match=said.format("dense")):
+        compare_training({"dense": nn.Linear(4, 3)}, torch.zeros(1, 4), loss_fn=loss)
+    with pytest.raises(MeasurementError, match=said.format("The model")):
+        training_memory(nn.Linear(4, 3), torch.zeros(1, 4), loss_fn=loss)
+
+    def meter(work: Callable[[], object], *, grid_kg_per_kwh: float) -> Energy:
+        pytest.fail("what does not run was metered")
+
+    monkeypatch.setattr(training_module, "metered_energy", meter)
+    with pytest.raises(MeasurementError, match=said.format("The model")) as caught:
+        metered_step(nn.Linear(4, 3), torch.zeros(1, 4), loss_fn=loss)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Compile without generating code; return what was compiled."""
+    compiled: list[object] = []
+    real = functools.partial(torch.compile, backend="eager")
+
+    def compile_(model: Any, **options: Any) -> Any:
+        compiled.append(model)
+        return real(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    execution_module._compiler_failure.cache_clear()
+    yield compiled
+    execution_module._compiler_failure.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_compiled_steps_for_more_batch_sizes_than_torch_compiles_unasked(
+    eager_compiler: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = tuple(range(1, 11))
+    clock, execution = Scripted(0.5), Execution(compile=True)
+    nets = {"dense": nn.Sequential(nn.Linear(4, 4), nn.ReLU())}
+    found = compare_training(
+        nets, torch.rand(1, 4), batch_sizes=sizes, repeats=1, execution=execution, clock=clock
+    )
+    assert [time.batch_size for time in found["dense"]] == list(sizes)
+    # The trial of the compiler comes first.
+    assert len(eager_compiler) == 1 + len(sizes)
+
+    def meter(work: Callable[[], object], *, grid_kg_per_kwh: float) -> Energy:
+        work()
+        # A step that falls back to uncompiled code must fail, not be metered as compiled.
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+        return Energy(1.0, (EnergyPart("CPU", 1.0, measured=True, source="x"),), grid_kg_per_kwh)
+
+    monkeypatch.setattr(training_module, "metered_energy", meter)
+    metered_step(nets["dense"], torch.rand(1, 4), at_least_seconds=0, execution=execution)
+    assert len(eager_compiler) == 2 + len(sizes)
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 def test_metered_steps_are_divided_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

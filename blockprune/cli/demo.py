@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
@@ -84,7 +85,7 @@ def run_demo(settings: Settings, out: Path, *, force: bool = False) -> int:
                 )
             files = write_report(result, folder)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"Interrupted; nothing was written to {out}.")
+        typer.echo(f"Interrupted; nothing was written to {out}.", err=True)
         return INTERRUPTED
     console.print(comparison_table(result))
     console.print()

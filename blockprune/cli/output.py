@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = [
     "INTERRUPTED",
@@ -131,5 +132,6 @@ def working(message: str) -> Iterator[None]:
     if not (console.is_terminal and sys.stdout.isatty()):
         yield
         return
-    with console.status(message):
+    # As text: a name in it may look like markup.
+    with console.status(Text(message)):
         yield

@@ -260,7 +260,7 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
 
 
 def _value(text: str) -> Any:
-    """Read a number, true or false as such, and anything else as text."""
+    """Read what JSON has, such as a number, true or null, as such, and anything else as text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -584,11 +583,13 @@ def _sentence(problem: Any) -> str:
 def _fields_of(table: type[BaseModel], place: tuple[str, ...]) -> list[str]:
     """Return the keys of the table at a place in a spec."""
     for part in place:
-        annotation = table.model_fields[part].annotation
-        is_union = isinstance(annotation, types.UnionType)
-        choices = typing.get_args(annotation) if is_union else (annotation,)
-        inner = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not inner:
-            break
-        table = inner[0]
+        table = next(_tables_in(table.model_fields[part].annotation))
     return list(table.model_fields)
+
+
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Give the tables that a field holds: itself, or one of a union, or of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _tables_in(part)

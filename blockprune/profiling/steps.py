@@ -75,7 +75,7 @@ class TrainingStep:
         """Return the error for a step that fails, quoting its own."""
         if isinstance(error, torch.OutOfMemoryError):
             return MeasurementError(
-                f"A training step of {self.name} does not fit in the memory of the device: {error}"
+                f"{self.name} does not fit in the memory of the device when it trains: {error}"
             )
         return MeasurementError(
             f"{self.name} does not train on the example inputs: {first_line(error)} Pass inputs "

@@ -80,7 +80,7 @@ def _answer(cases: Cases, robust: Robust, measures: list[Measure]) -> Part:
                 by_measure.setdefault(measure.name, Counter())[side] += 1
     total = sum(by_measure.values(), Counter[str]())
     if not total:
-        return Part(text=("Not compared: no harder images than the clean ones were looked at.",))
+        return Part(text=("Not compared: no seed has both on harder images than the clean ones.",))
     rows = tuple(
         (name, tuple(Cell(str(found[side])) for side in SIDES))
         for name, found in by_measure.items()

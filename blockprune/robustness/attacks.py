@@ -29,7 +29,7 @@ from blockprune.robustness.corruptions import check_pixels
 from blockprune.robustness.normalising import device_of, dtype_of, logits_of
 from blockprune.robustness.projecting import cast_pixels, within
 from blockprune.robustness.record import AttackChoice
-from blockprune.robustness.toolbox import Run, attackable, library
+from blockprune.robustness.toolbox import Run, attackable, library, with_gradient
 
 __all__ = ["Attacked", "attack", "check_attacks", "transferred", "zero_gradients"]
 
@@ -40,7 +40,7 @@ class Attacked:
 
     Attributes:
         images: in the dtype of the model, within epsilon of the clean ones and in [0, 1].
-        parts: what ran.
+        parts: what it consists of; one that comes when no image is left has nothing to do.
     """
 
     images: Tensor
@@ -168,11 +168,9 @@ def zero_gradients(
         pairs = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
         for batch, right in pairs:
             seen = batch.detach().to(device, dtype, copy=True).requires_grad_()
-            loss = nn.functional.cross_entropy(model(seen), right.to(device), reduction="sum")
-            (slope,) = torch.autograd.grad(loss, seen, allow_unused=True)
-            if slope is None:
-                missing += len(batch)
-                continue
+            logits = with_gradient(model(seen), seen)
+            loss = nn.functional.cross_entropy(logits, right.to(device), reduction="sum")
+            (slope,) = torch.autograd.grad(loss, seen)
             flat = slope.flatten(1)
             missing += int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
     return missing / len(images)

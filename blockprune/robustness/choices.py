@@ -92,7 +92,8 @@ def check_files(choice: RobustnessChoice, data_dir: str | Path | None, image_siz
     files = _files(choice, data_dir)
     if files is not None:
         for name in choice.corruptions:
-            files.read(name, choice.severities[0])
+            for severity in choice.severities:
+                files.read(name, severity)
     _shifts(choice, data_dir, image_size)
 
 

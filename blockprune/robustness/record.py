@@ -249,7 +249,8 @@ class AttackCurve(_Value):
 
     Attributes:
         choice: the attack and its settings; ``choice.epsilons`` are the abscissae.
-        parts: what ran; of ``autoattack`` more than one.
+        parts: what the attack consists of, of ``autoattack`` more than one; empty where no image
+            was there to attack.
         accuracies: white-box, one for each epsilon.
         transferred: under the attack made on the dense model; None without one.
         median_distance: for ``deepfool``, the median L2 length of the changes that fooled the

@@ -201,6 +201,55 @@ def test_bad_input() -> None:
         attack(model, images * 3, labels, FGSM, 0.1)
     with pytest.raises(MeasurementError, match="epsilon"):
         attack(model, images, labels, FGSM, -0.1)
+    one_class = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    with pytest.raises(MeasurementError, match="one class into another; the model has 1"):
+        attack(one_class, images, labels * 0, FGSM, 0.1)
+    assert attack(model, images[:0], labels[:0], FGSM, 0.1).images.shape == (0, 1, 4, 4)
+    with pytest.raises(MeasurementError, match="Accuracy of no images"):
+        transferred(model, model, images[:0], labels[:0], FGSM, 0.1)
+    with pytest.raises(MeasurementError, match="Gradients of no images"):
+        zero_gradients(model, images[:0], labels[:0])
+
+
+def test_autoattack_goes_on_with_the_images_that_are_left(monkeypatch) -> None:
+    import art.attacks.evasion
+
+    seen = []
+    for name in ("AutoProjectedGradientDescent", "DeepFool", "SquareAttack"):
+        method = getattr(art.attacks.evasion, name)
+
+        def generate(self, x, y, *, name=name, method=method):
+            seen.append((name, len(x)))
+            return np.clip(x + self.shift, 0, 1).astype(np.float32)
+
+        # The first takes dark images for bright ones, and the others do nothing.
+        shift = 0.2 if name.startswith("Auto") else 0.0
+        monkeypatch.setattr(
+            art.attacks.evasion, name, type(name, (method,), {"generate": generate, "shift": shift})
+        )
+
+    class Bright(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.limit = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, images):
+            brightness = images.mean((1, 2, 3)) - self.limit
+            return torch.stack([-brightness, brightness], 1)
+
+    near, far = torch.full((3, 1, 4, 4), 0.4), torch.full((2, 1, 4, 4), 0.1)
+    bright = torch.full((1, 1, 4, 4), 0.9)
+    choice = AttackChoice(name="autoattack", steps=2, queries=2)
+    # Those at 0.4 turn; those at 0.1 do not; the bright one is wrong already and is left alone.
+    images, labels = torch.cat([near, far, bright]), torch.zeros(6, dtype=torch.int64)
+    made = attack(Bright(), images, labels, choice, 0.25).images
+    assert seen == [("AutoProjectedGradientDescent", 5), ("DeepFool", 2), ("SquareAttack", 2)]
+    assert torch.allclose(made[:3], torch.tensor(0.6))
+    assert torch.equal(made[3:], images[3:])
+    seen.clear()
+    made = attack(Bright(), near, labels[:3], choice, 0.25).images
+    assert seen == [("AutoProjectedGradientDescent", 3)]
+    assert torch.allclose(made, torch.tensor(0.6))
 
 
 def test_without_the_extra(monkeypatch) -> None:

@@ -139,6 +139,11 @@ def test_draws_are_uniform_and_normal() -> None:
     assert abs(np.corrcoef(uniform.T) - np.eye(7)).max() < 0.1
 
 
+def test_an_index_counts_from_0() -> None:
+    with pytest.raises(DataError, match="first_index must be 0 or more, got -1"):
+        corrupt(torch.rand(1, 3, 8, 8), "fog", 1, first_index=-1)
+
+
 @pytest.mark.parametrize(
     ("images", "name", "severity", "match"),
     [

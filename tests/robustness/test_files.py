@@ -68,6 +68,14 @@ def test_absent_and_truncated_files(cifar) -> None:
         CorruptedFiles(cifar / "elsewhere")
 
 
+def test_an_archive_under_the_name_of_an_array(cifar) -> None:
+    # np.save would write an array; an archive of several opens just as well.
+    with (cifar / "fog.npy").open("wb") as file:
+        np.savez(file, one=PIXELS, other=PIXELS)
+    with pytest.raises(DataError, match=r"fog\.npy holds several arrays, not one.*zenodo"):
+        CorruptedFiles(cifar).read("fog", 1)
+
+
 def test_imagenet_c_folders(tmp_path) -> None:
     for place, name in enumerate(("n01", "n02")):
         folder = tmp_path / "fog" / "2" / name

@@ -28,6 +28,7 @@ from blockprune.robustness import (
     robustness_of,
 )
 from blockprune.robustness.pictures import pictures_of
+from blockprune.robustness.record import AttackCurve
 
 
 def test_the_whole_record(digits) -> None:
@@ -187,6 +188,92 @@ def test_bad_input(digits) -> None:
         robustness_of(nn.Identity(), data, normalisation=plain, corruptions=())
     with pytest.raises(ValueError, match="2 channels and deviation 1"):
         Normalisation(mean=(0.0, 0.0))
+
+
+def test_what_no_figure_can_be_of(digits) -> None:
+    (model, _), data, normalisation = digits
+    colours = Normalisation(mean=(0.5, 0.5), deviation=(0.5, 0.5))
+    with pytest.raises(DataError, match="is of 2 channels, the images have 1"):
+        robustness_of(model, data, normalisation=colours, corruptions=())
+    with pytest.raises(DataError, match="data set is empty"):
+        pixels_of(torch.utils.data.TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0)), colours)
+
+    class Broken(nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 10), torch.nan)
+
+    with pytest.raises(MeasurementError, match="logits have NaN, so it decides nothing"):
+        robustness_of(Broken(), data, normalisation=normalisation, corruptions=())
+    pytest.importorskip("art")
+    for samples in (0, -3):
+        with pytest.raises(DataError, match=f"1 or more; got {samples}"):
+            robustness_of(
+                model,
+                data,
+                normalisation=normalisation,
+                corruptions=(),
+                attacks=[AttackChoice(name="fgsm")],
+                samples=samples,
+            )
+
+
+def test_a_curve_has_one_accuracy_for_each_epsilon() -> None:
+    choice = AttackChoice(name="fgsm", epsilons=(0.0, 0.1))
+    AttackCurve(choice=choice, parts=("fgsm",), accuracies=(0.9, 0.1), transferred=(0.9, 0.2))
+    for wrong in ({"accuracies": (0.9,)}, {"transferred": (0.9, 0.2, 0.1)}):
+        values = {"accuracies": (0.9, 0.1), **wrong}
+        [count] = map(len, wrong.values())
+        with pytest.raises(ValueError, match=f"{count} accuracies for 2 epsilons"):
+            AttackCurve(choice=choice, parts=("fgsm",), **values)
+
+
+class _Whole(nn.Module):
+    """A network that makes its pixels whole numbers, and so has no gradient at all."""
+
+    def __init__(self, dtype=torch.float32) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 3, dtype=dtype)
+        # Nothing that an image has to do with, though a loss can be differentiated by it.
+        self.scale = torch.ones((), dtype=dtype, requires_grad=True)
+
+    def forward(self, images):
+        whole = (255 * images).to(torch.int64).to(images.dtype)
+        return self.layer(whole.flatten(1) / 255) * self.scale
+
+
+class _Unbound(_Whole):
+    def forward(self, images):
+        with torch.no_grad():
+            return super().forward(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", [_Whole, _Unbound])
+def test_a_network_that_cuts_its_gradient_is_flagged(kind, dtype) -> None:
+    pytest.importorskip("art")
+    torch.manual_seed(0)
+    model = kind(dtype)
+    images = torch.rand(40, 1, 4, 4)
+    with torch.no_grad():
+        labels = model(images.to(dtype)).argmax(1)
+    found = robustness_of(
+        model,
+        PixelData(images, labels),
+        normalisation=Normalisation(),
+        corruptions=(),
+        attacks=[
+            AttackChoice(name="fgsm", epsilons=(0.2,)),
+            AttackChoice(name="pgd", epsilons=(0.2,), steps=2),
+            AttackChoice(name="deepfool", epsilons=(0.2,), steps=2),
+            AttackChoice(name="autoattack", epsilons=(0.2,), steps=2, queries=200),
+        ],
+    )
+    assert found["zero_gradients"] == 1
+    assert any("no gradient at 100%" in flag for flag in found["flags"])
+    by_name = {curve["choice"]["name"]: curve["accuracies"][0] for curve in found["attacks"]}
+    # A gradient of zero has no sign to follow; Square needs none.
+    assert by_name["fgsm"] == by_name["deepfool"] == 1
+    assert by_name["autoattack"] < 1
 
 
 def test_the_record_needs_no_torch() -> None:
