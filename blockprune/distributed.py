@@ -169,8 +169,9 @@ def _joined(items: Mapping[int, Any]) -> Any:
         if not _equal(skeleton, skeletons[0]):
             raise DataError(
                 f"The batches of ranks {ranks[0]} and {rank} cannot be joined: apart from their "
-                f"tensors they differ ({skeletons[0]!r:.200} and {skeleton!r:.200}). Make what "
-                "belongs to a sample a tensor, and what does not the same on every rank."
+                f"tensors they differ, or cannot be compared ({skeletons[0]!r:.200} and "
+                f"{skeleton!r:.200}). Make what belongs to a sample a tensor, and what does not "
+                "the same on every rank."
             )
     rows = [list(tensors_in(batch)) for batch in batches]
     sizes = [next((len(tensor) for tensor in row if tensor.dim()), 0) for row in rows]

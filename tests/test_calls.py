@@ -6,16 +6,25 @@ models of a library do that builds masks. Their layers are looked into one by on
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import blockprune
 from tests import oracle
+from tests.test_hostile_files import header_of, with_header
 
 D = 8
 
@@ -194,9 +203,29 @@ class LooksAtItsFlag(Layer):
         return super().forward(x * 2 if rest["use_memory"] is True else x, mask, **rest)
 
 
+class ChoosesAnOperation(Layer):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, use_memory: bool = False, **rest: Any
+    ) -> Any:
+        return super().forward(x.tanh() if use_memory is True else x.sigmoid(), mask, **rest)
+
+
+class ChoosesANumber(Layer):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, use_memory: bool = False, **rest: Any
+    ) -> Any:
+        return super().forward(x * (2 if use_memory is True else 3), mask, **rest)
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [(LooksAtItsMask, (True,)), (LooksAtItsRank, (True,)), (LooksAtItsFlag, (False, False))],
+    [
+        (LooksAtItsMask, (True,)),
+        (LooksAtItsRank, (True,)),
+        (LooksAtItsFlag, (False, False)),
+        (ChoosesAnOperation, (False, False)),
+        (ChoosesANumber, (False, False)),
+    ],
 )
 def test_an_argument_that_the_forward_looks_at_is_bound(
     model: Model, kind: type[Layer], arguments: tuple[Any, ...]
@@ -291,7 +320,7 @@ class Watched(nn.Module):
         super().__init__()
         self.stack = nn.Sequential(Plain(), Plain(), Plain())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         seen: list[Tensor] = []
         handles = [
             layer.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -303,7 +332,20 @@ class Watched(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+        return self.told(x, seen)
+
+    def told(self, x: Tensor, seen: list[Tensor]) -> Any:
         return x + 2 * seen[0]
+
+
+class TellsAll(Watched):
+    def told(self, x: Tensor, seen: list[Tensor]) -> Any:
+        return (x, *seen)
+
+
+class Stacks(Watched):
+    def told(self, x: Tensor, seen: list[Tensor]) -> Any:
+        return torch.stack([x, *seen])
 
 
 class Plain(nn.Module):
@@ -315,9 +357,10 @@ class Plain(nn.Module):
         return x + self.mix(x).relu()
 
 
-def test_a_region_that_the_code_around_it_watches_is_given_up() -> None:
+@pytest.mark.parametrize("kind", [Watched, TellsAll, Stacks])
+def test_a_region_that_the_code_around_it_watches_is_given_up(kind: type[Watched]) -> None:
     torch.manual_seed(0)
-    model = Watched()
+    model = kind()
     analysis = blockprune.find_blocks(model, tokens(), preserve_root=True)
     assert "looked into" in analysis.traced.opaque["stack"]
     assert [region.path for region in analysis.traced.regions] != ["stack"]
@@ -357,3 +400,306 @@ def test_what_the_example_does_not_reach_is_reported_and_not_guessed() -> None:
     assert analysis.names == ("layers.0.attention", "layers.0.mlp")
     unreached = [r.name for r in analysis.rejections if "not executed" in r.detail]
     assert unreached == ["layers.1", "layers.2"]
+
+
+# --- forwards that a graph, or a region of its own, cannot stand for ----------------------------
+
+
+class Undecided(nn.Module):
+    """A root that decides by numbers, so that its children are looked into one by one."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if float(x.detach().abs().max()) > 0 else -x
+
+
+def given_two(forward: Any) -> Any:
+    """A decorator behind which a forward has a signature that nobody calls it by."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x, 2.0)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Plain()
+
+    @given_two
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.inner(x) * scale
+
+
+class NeedsLargeValues(nn.Module):
+    """Runs on the example, and not on numbers in [0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + torch.nonzero(x.flatten() > 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Decorated, "missing a required argument: 'scale'"),
+        (NeedsLargeValues, "IndexError: index 0 is out of bounds"),
+    ],
+)
+def test_a_child_that_is_no_region_is_reported_and_looked_into(
+    kind: type[nn.Module], why: str
+) -> None:
+    torch.manual_seed(0)
+    model = Undecided(Plain(), kind())
+    analysis = blockprune.find_blocks(model, 9 * tokens())
+    assert analysis.names == ("layers.0", "layers.1.inner")
+    assert why in analysis.traced.opaque["layers.1"]
+    assert " in module" not in analysis.traced.opaque["layers.1"]
+    ticket = blockprune.remove_blocks(model, "layers.1.inner", 9 * tokens())
+    agree(ticket, without(model, "layers.1.inner.mix"), 9 * tokens(3))
+
+
+class ReturnsADefaultDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return collections.defaultdict(list, out=self.inner(x))
+
+
+class HasAKeyword(ReturnsADefaultDict):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: Tensor) -> Any:
+        return self.inner(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "why"),
+    [
+        (ReturnsADefaultDict, {"x": tokens()}, "builds a defaultdict"),
+        (
+            HasAKeyword,
+            {"x": tokens(), "scale": torch.rand(1)},
+            "required keyword-only argument 'scale'",
+        ),
+    ],
+)
+def test_a_root_that_no_graph_can_stand_for_keeps_its_class(
+    kind: type[nn.Module], inputs: dict[str, Tensor], why: str
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    analysis = blockprune.find_blocks(model, inputs)
+    assert (analysis.names, why in analysis.traced.opaque[""]) == (("inner",), True)
+    ticket = blockprune.remove_blocks(model, "inner", inputs)
+    assert type(ticket) is kind
+    reference = without(model, "inner.mix")
+    found, wanted = ticket.eval()(**inputs), reference.eval()(**inputs)
+    assert type(found) is type(wanted)
+    if isinstance(wanted, dict):
+        found, wanted = found["out"], wanted["out"]
+    assert torch.equal(found, wanted)
+
+
+def test_a_model_that_refuses_to_be_watched_says_so_itself() -> None:
+    class Alone(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            if self._forward_pre_hooks:
+                raise RuntimeError("hooks are not allowed")
+            return super().forward(x)
+
+    with pytest.raises(blockprune.TraceError, match=r"layers\.1.*hooks are not allowed"):
+        blockprune.find_blocks(Undecided(Plain(), Alone()), tokens())
+
+
+def test_a_lock_in_the_call_is_shared_and_not_copied() -> None:
+    class Alone(nn.Module):
+        def forward(self, x: Tensor, lock: Any) -> Tensor:
+            with lock:
+                return 2 * x
+
+    class Guarded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = Plain(), Plain(), Alone()
+
+        def forward(self, x: Tensor, lock: Any) -> Tensor:
+            return self.last(self.second(self.first(x)), lock)
+
+    torch.manual_seed(0)
+    model, lock = Guarded(), threading.Lock()
+    ticket = blockprune.remove_blocks(model, "first", (tokens(), lock))
+    x, reference = tokens(3), without(model, "first.mix")
+    for train in (False, True):
+        assert torch.equal(ticket.train(train)(x, lock), reference.train(train)(x, lock))
+
+    class Free(Guarded):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * self.second(self.first(x))
+
+    free = Free()
+    free.load_state_dict(model.state_dict())
+    for criterion in ("block_influence", "kl"):
+        found = blockprune.score_blocks(
+            model, criterion, [((x, lock), None)], example_inputs=(x, lock)
+        )
+        wanted = blockprune.score_blocks(free, criterion, [(x, None)], example_inputs=x)
+        assert found.scores == wanted.scores
+
+
+# --- state that a forward reads in some way of its own ------------------------------------------
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.5
+
+
+class OwnWeight(nn.Module):
+    """A module of the user's own class with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(D, D)), Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.weight)
+
+
+def test_a_parametrized_module_of_the_users_own_is_looked_into() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnWeight(), Plain())
+    parametrize.register_parametrization(model[0], "weight", Halved())
+    analysis = blockprune.find_blocks(model, tokens())
+    assert analysis.names == ("0.inner", "1")
+    ticket = blockprune.remove_blocks(model, "0.inner", tokens())
+    agree(ticket, without(model, "0.inner.mix"), tokens(3))
+    assert "0.parametrizations.weight.original" in dict(ticket.named_parameters())
+
+
+class ReadsItsTable(nn.Module):
+    """Reads parameters from the table they are kept in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.matmul(x, self._parameters["weight"])
+
+
+def test_parameters_read_from_a_modules_own_table_stay_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(ReadsItsTable(), ReadsItsTable())
+    analysis = blockprune.find_blocks(model, tokens())
+    assert [(block.name, block.params) for block in analysis.blocks] == [("0", 64), ("1", 64)]
+    ticket = blockprune.remove_blocks(model, "0", tokens())
+    assert sorted(dict(ticket.named_parameters())) == ["1.weight"]
+    agree(ticket, nn.Sequential(OrderedDict({"1": copy.deepcopy(model[1])})), tokens(3))
+
+
+class Sparse(nn.Module):
+    """Mixes tokens by a sparse matrix, whose memory no view shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("near", (torch.rand(5, 5) > 0.5).float().to_sparse())
+        self.mix = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sparse.mm(self.near, self.mix(x))
+
+
+def test_a_branch_may_multiply_by_a_sparse_buffer() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Sparse(), Sparse()), tokens()[0]
+    assert blockprune.find_blocks(model, x).names == ("0", "1")
+    ticket, reference = blockprune.remove_blocks(model, "1", x), without(model, "1.mix")
+    for net in (ticket, reference):
+        net(x).sum().backward()
+    assert torch.equal(ticket(x), reference(x))
+    wanted = dict(reference.named_parameters())
+    for name, parameter in ticket.named_parameters():
+        assert torch.equal(parameter.grad, wanted[name].grad)
+
+
+class Chooses(nn.Module):
+    """A layer whose forward gives an operation something else in train mode."""
+
+    def __init__(self, how: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.mix, self.how = nn.Linear(D, D), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.mix(x), self.training)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y, train: F.dropout(y, 0.5 if train else 0, True),
+        lambda y, train: y.reshape((-1, D) if train else (1, -1, D)).view_as(y),
+        lambda y, train: F.gelu(y, approximate="tanh") if train else F.gelu(y),
+        lambda y, train: y.relu() * 2 if train else y.relu(),
+    ],
+    ids=["another type", "another length", "another keyword", "one step more"],
+)
+def test_arguments_that_follow_the_mode_still_do_in_the_ticket(
+    how: Callable[[Tensor, bool], Tensor],
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = Chooses(how)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    analysis = blockprune.find_blocks(model, tokens())
+    assert analysis.names == ("0", "1")
+    assert "in train mode" in analysis.traced.opaque["0.f"]
+    agree(blockprune.remove_blocks(model, "0", tokens()), without(model, "0.f"), tokens(3))
+
+
+def test_a_file_holds_plain_arguments_and_refuses_objects(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = Layer(0)
+    inputs = {"x": tokens(), "mask": None, "with_weights": True}
+    ticket = blockprune.remove_blocks(layer, "mlp", inputs)
+    blockprune.save_ticket(ticket, tmp_path / "ticket")
+    again = blockprune.load_ticket(layer, tmp_path / "ticket")
+    found, wanted = again.eval()(**inputs), ticket.eval()(**inputs)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[2], wanted[2])
+    with_state = blockprune.remove_blocks(layer, "mlp", {"x": tokens(), "memory": Memory()})
+    with pytest.raises(blockprune.TicketError, match="argument of type Memory"):
+        blockprune.save_ticket(with_state, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"args": {"list": []}, "kwargs": {"dict": {}}},
+        {"args": {"tuple": []}, "kwargs": {"value": None}},
+    ],
+)
+def test_a_file_whose_call_is_none_is_refused(call: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = nn.Sequential(Plain(), Plain()), tmp_path / "ticket"
+    blockprune.save_ticket(blockprune.remove_blocks(model, "0", tokens()), path)
+    with_header(path, json.dumps({**header_of(path), "call": call}))
+    with pytest.raises(blockprune.TicketError, match="its call is malformed"):
+        blockprune.load_ticket(model, path)

@@ -514,3 +514,43 @@ def test_counting_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model_costs(Watched(), torch.rand(2, 3, 5, 5)).macs > 0
+
+
+def test_a_ticket_called_as_it_was_not_cut_says_so_itself() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+            x = x + self.first(x)
+            return x + self.second(x) if twice else x
+
+    inputs = {"x": torch.ones(2, 4), "twice": True}
+    model = Twice()
+    analysis = find_blocks(model, inputs)
+    plan = PruningPlan(
+        remove=analysis.names[:1], granularity="branch", fingerprint=analysis.fingerprint
+    )
+    ticket = cut_blocks(model, analysis, plan)
+    assert model_costs(ticket, inputs).macs == 2 * 4 * 4
+    with pytest.raises(TraceError, match=r"^this ticket was cut with twice=True"):
+        model_costs(ticket, torch.ones(2, 4))
+
+
+def test_parameters_that_no_forward_reads_stay_where_the_class_stays() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Parameter(torch.zeros(7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.used(x)
+
+    model, x = nn.Sequential(Spare(), Spare()), torch.ones(2, 4)
+    analysis = find_blocks(model, x, preserve_root=True)
+    assert RemainingCosts(analysis).without(()).params == 2 * (20 + 7)
+    left, real = _left_and_real(model, x, analysis, analysis.names[:1], preserve_root=True)
+    assert left == (20 + 2 * 7, 2 * 4 * 4)
+    # The ticket's graph of what it cut leaves them out, so it has fewer.
+    assert real == (20 + 7, 2 * 4 * 4)

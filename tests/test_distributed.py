@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -167,6 +168,7 @@ def errors_job(rank: int) -> object:
     score = blockprune.score_blocks
     ragged = [(torch.zeros(2, 3 + rank), torch.zeros(2))]
     flags = [({"x": torch.zeros(2, 3), "flag": bool(rank)}, torch.zeros(2))]
+    arrays = [({"x": torch.zeros(2, 3), "ids": np.arange(2)}, torch.zeros(2))]
     empty: list[Any] = []
     tables = {"l1": {f"block{rank}": 1.0}}
     return {
@@ -175,6 +177,7 @@ def errors_job(rank: int) -> object:
         "statistics": refused(lambda: score(statistics, "l1", global_batches(share(rank)))),
         "ragged": refused(lambda: list(global_batches(ragged))),
         "flags": refused(lambda: list(global_batches(flags))),
+        "arrays": refused(lambda: list(global_batches(arrays))),
         "no batch": refused(lambda: score(net(), "snip", global_batches(empty))),
         "no iterable": refused(lambda: global_batches(3)),
         "other blocks": refused(lambda: GlobalBatches(empty).agree(tables)),
@@ -312,6 +315,11 @@ def test_what_belongs_to_no_sample_is_kept_as_it_is(ranks: list[dict[str, Any]])
         ("other weights", "CriterionError: Rank 1 scores another Net than rank 0: their param"),
         ("ragged", "DataError: The batches of ranks 0 and 1 cannot be joined: (2, 3) of float32"),
         ("flags", "DataError: The batches of ranks 0 and 1 cannot be joined: apart from their"),
+        (
+            "arrays",
+            "DataError: The batches of ranks 0 and 1 cannot be joined: apart from their tensors "
+            "they differ, or cannot be compared",
+        ),
         ("no batch", "DataError: The data is empty"),
         ("no iterable", "DataError: data must be an (inputs, targets) pair"),
         ("other blocks", "CriterionError: Rank 1 scored {'l1': ['block1']}, and rank 0 {'l1'"),

@@ -7,10 +7,15 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import blockprune.doctor as doctor
@@ -94,8 +99,6 @@ def test_versions_say_what_matters_and_nothing_private() -> None:
     code, out = command("--version", "--verbose")
     assert code == 0
     found = dict(line.split("  ", 1) for line in out.splitlines())
-    import torch
-
     assert found["torch"].strip() in torch.__version__
     assert platform.python_version() in found["Python"]
     assert {"numpy", "torchvision", "CUDA", "threads", "system"} <= set(found)
@@ -113,3 +116,138 @@ def test_version_alone_is_one_line_and_verbose_goes_with_it() -> None:
 
 def test_every_data_set_can_be_scored_on() -> None:
     assert [data.value for data in Data] == ["random", *DATASETS]
+
+
+# --- each part tried for real, and one of each kind that does its work wrongly --------------------
+
+EXTRAS = tuple(part for part in doctor._PARTS if part.module and not part.is_core)
+
+
+@pytest.mark.parametrize("part", EXTRAS, ids=[part.name for part in EXTRAS])
+def test_an_extra_that_is_installed_works(
+    part: doctor._Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_parts(monkeypatch, part)
+    [finding] = doctor.examine()
+    if finding.state == "absent":
+        assert finding.detail.startswith("pip install ")
+        pytest.skip("not installed")
+    assert (finding.state, finding.version) == ("works", doctor._version(part.name)), finding
+    assert finding.detail
+
+
+def wrong_torch() -> Any:
+    return SimpleNamespace(ones=lambda *_, **__: torch.full((2, 2), 2.0, requires_grad=True))
+
+
+def wrong_torchvision() -> Any:
+    return SimpleNamespace(ops=SimpleNamespace(nms=lambda *_: torch.tensor([0])))
+
+
+def wrong_workers() -> Any:
+    distributed = MagicMock()
+    client = distributed.Client.return_value.__enter__.return_value
+    client.submit.return_value.result.return_value = 4
+    return distributed
+
+
+def wrong_onnxruntime() -> Any:
+    session = MagicMock()
+    session.InferenceSession.return_value.run.return_value = [np.array([-1.0, 2.0])]
+    return session
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "what"),
+    [
+        ("torch", wrong_torch, "a gradient is wrong"),
+        ("torchvision", wrong_torchvision, "kept the wrong box"),
+        ("torch-pruning", MagicMock, "a column is left where its row went"),
+        ("distributed", wrong_workers, "a worker adds wrongly"),
+        ("onnxruntime", wrong_onnxruntime, "a ReLU is wrong"),
+    ],
+)
+def test_a_part_that_imports_and_computes_wrongly_is_broken(
+    name: str, module: Callable[[], Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "onnxruntime":
+        pytest.importorskip("onnx")
+    [part] = [part for part in doctor._PARTS if part.name == name]
+    monkeypatch.setattr(doctor, "_imported", lambda _: module())
+    with_parts(monkeypatch, part)
+    [finding] = doctor.examine()
+    assert (finding.state, what in finding.detail) == ("broken", True), finding
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ((("CPU", True), ("RAM", False)), "CPU measured, RAM estimated"),
+        ((), "no part of this machine"),
+    ],
+)
+def test_the_meter_of_energy_says_which_parts_it_measures(
+    parts: tuple[tuple[str, bool], ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import blockprune.profiling
+
+    found = [SimpleNamespace(name=name, measured=measured) for name, measured in parts]
+    monkeypatch.setattr(
+        blockprune.profiling, "metered_energy", lambda function: SimpleNamespace(parts=found)
+    )
+    monkeypatch.setattr(doctor, "_imported", lambda part: None)
+    with_parts(monkeypatch, *(part for part in EXTRAS if part.name == "codecarbon"))
+    [finding] = doctor.examine()
+    assert finding.state == "works"
+    assert finding.detail == f"energy was metered offline: {told}"
+
+
+@pytest.mark.parametrize(("built", "told"), [("12.4", "with CUDA 12.4"), (None, "without")])
+def test_no_gpu_is_absent_and_says_what_torch_was_built_with(
+    built: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with_parts(monkeypatch, *(part for part in doctor._PARTS if part.name == "CUDA"))
+    [finding] = doctor.examine()
+    assert (finding.state, finding.version) == ("absent", None)
+    assert finding.detail == f"no device; torch was built {told}"
+
+
+def test_a_browser_is_asked_for_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_parts(monkeypatch, *(part for part in doctor._PARTS if part.name == "Chromium"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    [finding] = doctor.examine()
+    assert (finding.state, "no Chromium" in finding.detail) == ("absent", True)
+    browser = tmp_path / "chromium"
+    browser.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Chromium 120.0\n')
+    browser.chmod(0o755)
+    [finding] = doctor.examine()
+    assert finding.state == "works"
+    assert finding.detail == "Chromium 120.0; for tests of the report page"
+    browser.write_text("#!/bin/sh\nexit 3\n")
+    [finding] = doctor.examine()
+    assert (finding.state, "exit status 3" in finding.detail) == ("broken", True)
+
+
+def test_versions_are_told_where_torch_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = doctor.versions()
+    assert found["CUDA"] == "torch does not import: ModuleNotFoundError"
+    assert "threads" not in found
+    assert found["torch"] == doctor.metadata.version("torch")
+
+
+def test_requirements_that_nobody_can_read_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["numpy (>=1, oh)", "torch>=2"])
+    assert [str(found) for found in doctor._requirements("some-package")] == ["torch>=2"]
+
+    def absent(name: str) -> None:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", absent)
+    assert not {"numpy", "torch"} & doctor.versions().keys()

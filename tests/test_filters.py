@@ -349,6 +349,38 @@ def test_a_wrong_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         remove_filters(model, plan, IMAGES.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.003, 1.03])
+def test_a_cut_that_is_wrong_by_little_is_found_in_any_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float
+) -> None:
+    model = Residual(Branch(4, nn.BatchNorm2d(6), nn.ReLU())).to(dtype).eval()
+    plan = plan_of(model, example_inputs=IMAGES.to(dtype))
+    remove_filters(model, plan, IMAGES.to(dtype))
+
+    def scaled(state: Mapping[str, Tensor], plan: FilterPlan) -> dict[str, Tensor]:
+        return {
+            name: tensor * factor if name == "branch.conv2.weight" else tensor
+            for name, tensor in fitted_filters(state, plan).items()
+        }
+
+    monkeypatch.setattr(removal, "fitted_filters", scaled)
+    with pytest.raises(VerificationError, match="removed filters read as zero"):
+        remove_filters(model, plan, IMAGES.to(dtype))
+
+
+def test_a_cut_that_is_of_another_type_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Residual(Branch(4, nn.BatchNorm2d(6), nn.ReLU())).eval()
+    plan = plan_of(model, example_inputs=IMAGES)
+
+    def wide(state: Mapping[str, Tensor], plan: FilterPlan) -> dict[str, Tensor]:
+        return {name: t.double() for name, t in fitted_filters(state, plan).items()}
+
+    monkeypatch.setattr(removal, "fitted_filters", wide)
+    with pytest.raises(VerificationError, match="fails where the dense one runs"):
+        remove_filters(model, plan, IMAGES)
+
+
 def test_an_operation_that_mixes_channels_is_found() -> None:
     # An operation without parameters, which a graph of layers takes for one by channel.
     model = Residual(Branch(4, nn.Softmax(dim=1))).double()
@@ -699,3 +731,127 @@ def test_without_torch_pruning_the_error_names_the_command(monkeypatch: pytest.M
 def test_resnet56_at_the_filters_of_one_block() -> None:
     plan = make_plan(resnet56(), count=32)
     assert remove_filters(resnet56(), plan, IMAGES).layer1[0].conv1.out_channels <= 16
+
+
+# --- what torch-pruning, or the check, has to say -------------------------------------------------
+
+
+def test_what_autograd_does_not_record_keeps_its_filters() -> None:
+    class Unrecorded(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    class Detached(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    for model in (Unrecorded(Branch(4)), Detached(Branch(4))):
+        assert filter_layers(model, IMAGES) == ()
+        found = {refusal.name: refusal for refusal in filter_refusals(model, IMAGES)}
+        assert found.keys() == {"stem", "branch.conv1", "branch.conv2"}
+        assert found["branch.conv1"].reason == "outside"
+        assert "no_grad" in found["branch.conv1"].detail
+
+
+def test_channels_that_are_split_before_they_are_read_stay() -> None:
+    class Split(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            inner = self.branch.conv1(x)[:, :3]
+            return self.head((x + self.branch.conv2(inner)).mean(dim=(2, 3)))
+
+    branch = Branch(4)
+    branch.conv2 = nn.Conv2d(3, 4, 1)
+    found = {refusal.name: refusal.reason for refusal in filter_refusals(Split(branch), IMAGES)}
+    assert found["branch.conv1"] == "reshaped"
+
+
+def test_an_error_of_torch_pruning_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise KeyError("no such node")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", failing)
+    with pytest.raises(TraceError, match=r"torch-pruning cannot follow ResNet: KeyError: 'no such"):
+        filter_layers(resnet20(), IMAGES)
+
+
+class OfIds(nn.Module):
+    """Convolutions over embedded token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 3)
+        self.branch = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, 4, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids).transpose(1, 2)
+        return self.head((x + self.branch(x)).mean(2))
+
+
+def test_a_model_of_token_ids_loses_filters() -> None:
+    torch.manual_seed(0)
+    model, ids = OfIds().eval(), torch.tensor([[1, 5, 0, 10], [3, 3, 2, 7]])
+    plan = plan_of(model, example_inputs=ids)
+    [(name, cut)] = plan.cuts.items()
+    assert (name, len(cut.remove)) == ("branch.0", 2)
+    narrow = remove_filters(model, plan, ids)
+    zeros = copy.deepcopy(model)
+    with torch.no_grad():
+        zeros.branch[2].weight[:, list(cut.remove)] = 0
+    torch.testing.assert_close(narrow(ids), zeros(ids))
+    assert narrow.branch[0].out_channels == 4
+
+
+def test_a_model_for_inference_only_is_narrowed() -> None:
+    class InferenceOnly(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError("inference only")
+            return super().forward(x)
+
+    model = InferenceOnly(Branch(4)).eval()
+    plan = plan_of(model)
+    narrow = remove_filters(model, plan, IMAGES)
+    zeros = copy.deepcopy(model)
+    with torch.no_grad():
+        zeros.branch.conv2.weight[:, list(plan.cuts["branch.conv1"].remove)] = 0
+    torch.testing.assert_close(narrow(IMAGES), zeros(IMAGES))
+
+
+def test_a_forward_that_counts_on_its_width_is_found() -> None:
+    class Fixed(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            inner = self.branch.conv1(x).view(len(x), 6, 8, 8)
+            return self.head((x + self.branch.conv2(inner)).mean(dim=(2, 3)))
+
+    model = Fixed(Branch(4))
+    with pytest.raises(VerificationError, match=r"fails where the dense one runs, in eval mode"):
+        remove_filters(model, plan_of(model), IMAGES)
+
+
+class SharedGradient(torch.autograd.Function):
+    """The identity, whose gradient is shared among the channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.shape[1]
+
+
+def test_a_gradient_that_depends_on_the_width_is_found() -> None:
+    class Sharing(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            inner = SharedGradient.apply(self.branch.conv1(x))
+            return self.head((x + self.branch.conv2(inner)).mean(dim=(2, 3)))
+
+    model = Sharing(Branch(4)).double()
+    with pytest.raises(VerificationError, match=r"in eval mode: the gradient of '.*' has"):
+        remove_filters(model, plan_of(model), IMAGES.double())

@@ -103,6 +103,7 @@ class Attention(nn.Module):
         (nn.LSTM(6, 4, batch_first=True), (1, 16, 6)),
         (nn.Embedding(11, 4), (1, 16)),
         (nn.BatchNorm2d(3), (1, 3, 224, 224)),
+        (nn.BatchNorm3d(3), (1, 3, 16, 112, 112)),
         (nn.BatchNorm1d(9), (1, 9)),
         (nn.GroupNorm(2, 4), (1, 4, 224, 224)),
         (nn.LayerNorm(6), (1, 6)),
@@ -139,6 +140,12 @@ def test_configuration_comes_before_the_ladder(
     model = nn.Conv2d(3, 2, 3)
     setattr(model, attribute, value)
     assert _shapes(model) == [(1, 3, *size)]
+
+
+def test_a_configuration_of_clips_says_the_size_of_their_images() -> None:
+    model = nn.Conv3d(3, 2, 3)
+    model.image_size = 48
+    assert _shapes(model) == [(1, 3, 16, 48, 48)]
 
 
 def test_a_submodule_may_hold_the_configuration() -> None:

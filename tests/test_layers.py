@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import blockprune
 from tests import oracle
@@ -373,3 +376,204 @@ def test_a_wrong_shorter_list_is_not_handed_out(monkeypatch: pytest.MonkeyPatch)
         ticket = blockprune.remove_blocks(model, "layers.1", tokens(), preserve_root=True)
     assert len(ticket.layers) == 3
     assert torch.equal(ticket.eval()(tokens()), bypassing(model, "layers.1").eval()(tokens()))
+
+
+# --- what stays of a layer ----------------------------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """A block with an activation behind its merge."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.act = nn.Linear(D, D), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.f(x))
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.hardtanh(x)
+
+
+def upper(x: Tensor) -> Tensor:
+    return F.hardtanh(x, 0.0, max_val=1)
+
+
+CLAMP_FUNCTIONS = (F.relu, F.relu6, F.hardtanh, F.hardtanh_)
+CLAMPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], bool]] = {
+    "relu6 twice": (F.relu6, F.relu6, True),
+    "relu6 within relu": (F.relu6, F.relu, True),
+    "relu beyond relu6": (F.relu, F.relu6, False),
+    "hardtanh twice": (unit, unit, True),
+    "its bounds by place and by name": (upper, upper, True),
+    "the narrower first": (upper, unit, True),
+    "the wider first": (unit, upper, False),
+    "hardtanh written in place": (unit, F.hardtanh_, True),
+    "pooled by name": (
+        lambda x: F.max_pool1d(input=F.relu(x), kernel_size=3, stride=1, padding=1),
+        F.relu,
+        True,
+    ),
+    "pooled by a name that is not followed": (
+        lambda x: torch.max_pool1d(x1=F.relu(x), kernel_size=3, stride=1, padding=1),
+        F.relu,
+        False,
+    ),
+    "given by name": (F.relu, lambda x: F.relu(input=x), True),
+    "handed on by name": (lambda x: torch.clone(input=F.relu(x)), F.relu, True),
+    "of the other sign": (lambda x: -F.relu(x), F.relu, False),
+}
+
+
+@pytest.mark.parametrize("case", CLAMPS)
+def test_an_activation_goes_with_its_branch_only_where_it_has_been_applied(case: str) -> None:
+    before, act, is_idle = CLAMPS[case]
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(D, D), Clamped(act), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(before(4 * self.stem(x))))
+
+    model = Net()
+    ticket = blockprune.remove_blocks(model, "block", tokens())
+    reference = copy.deepcopy(model)
+    reference.block.f.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    agree(ticket, reference)
+    clamps = [node for node in ticket.graph.nodes if node.target in CLAMP_FUNCTIONS]
+    assert len(clamps) == (1 if is_idle else 2)
+
+
+def test_a_layer_that_reshapes_by_name_is_a_layer() -> None:
+    class ByName(Flat):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.flatten(input=x + self.f(x).relu(), end_dim=1)
+            return torch.reshape(input=y + self.g(y).relu(), shape=x.shape)
+
+    model = built(ByName, ByName)
+    layers = blockprune.find_blocks(model, tokens(), granularity="layer")
+    assert layers.names == ("layers.0", "layers.1")
+    agree(blockprune.remove_blocks(model, "layers.0", tokens()), bypassing(model, "layers.0"))
+
+
+class MixedOnStream(PostNorm):
+    """What stays without its branches has a weight matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm2 = nn.Linear(D, D)  # type: ignore[assignment]
+
+
+class Summing(PostNorm):
+    """What stays without its branches adds two ways through it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x.relu() + x.tanh()
+
+
+@pytest.mark.parametrize("kind", [MixedOnStream, Summing])
+def test_a_layer_of_which_more_than_norms_would_stay_is_never_left_out_whole(
+    kind: type[nn.Module],
+) -> None:
+    model = built(PostNorm, kind)
+    names = blockprune.find_blocks(model, tokens(), granularity="layer_approx").names
+    assert names == ("layers.0", "layers.1.mix", "layers.1.feed")
+    with pytest.raises((blockprune.BlockNotFoundError, blockprune.BlockNotRemovableError)):
+        blockprune.remove_blocks(model, "layers.1", tokens(), granularity="layer_approx")
+
+
+class Optional(nn.Module):
+    """Adds its input, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, adds: bool = True) -> Tensor:
+        return x + self.f(x) if adds else self.f(x)
+
+
+class OnceAdding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Optional()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](self.inner[0](x), adds=False)
+
+
+def test_a_module_that_is_a_branch_in_one_call_only_stays_for_the_other() -> None:
+    torch.manual_seed(0)
+    model = OnceAdding()
+    names = blockprune.find_blocks(model, tokens(), granularity="layer").names
+    assert names == ("inner.0",)
+    ticket = blockprune.remove_blocks(model, names, tokens())
+    for train in (False, True):
+        assert torch.equal(ticket.train(train)(tokens()), model.inner[0].f(tokens()))
+    assert len(list(ticket.parameters())) == 2
+    # As a region of its own it would have to be one graph for both calls.
+    kept = blockprune.find_blocks(model, tokens(), preserve_root=True)
+    assert kept.names == ()
+    assert "different constant arguments" in kept.traced.opaque["inner.0"]
+
+
+# --- tickets of tickets, and what code around a list tells --------------------------------------
+
+
+class ByKeyword(Stack):
+    """Takes its input by name only, so that no example can be made up for it."""
+
+    def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def test_a_ticket_is_pruned_again_on_the_inputs_it_was_cut_with() -> None:
+    torch.manual_seed(0)
+    model = ByKeyword(Sub(), Sub(), Sub())
+    with pytest.raises(blockprune.TraceError, match="example_inputs"):
+        blockprune.prune(model, "l1", 1)
+    once = blockprune.remove_blocks(model, "layers.1.parts.0", {"x": tokens()})
+    again = blockprune.prune(once, "l1", 1)
+    assert len(blockprune.plan_of(again).remove) == 2
+    reference = copy.deepcopy(model).eval()
+    for name in blockprune.plan_of(again).remove:
+        reference.get_submodule(name).register_forward_hook(lambda m, args, output: args[0])
+    assert torch.equal(again.eval()(x=tokens(3)), reference(x=tokens(3)))
+
+
+def test_a_root_that_returns_all_its_layers_keeps_a_place_for_each() -> None:
+    class Telling(Stack):
+        def forward(self, x: Tensor) -> Any:
+            seen = (x,)
+            for layer in self.layers:
+                seen = (*seen, layer(seen[-1]))
+            return seen
+
+    torch.manual_seed(0)
+    model = Telling(Mix(), Mix(), Mix())
+    with pytest.warns(UserWarning, match=r"pass-throughs stay.*it returns .* instead of"):
+        ticket = blockprune.remove_blocks(model, "layers.1", tokens(), preserve_root=True)
+    assert len(ticket.eval()(tokens())) == 4
+    agree(ticket, bypassing(model, "layers.1"))
+
+
+def test_a_ticket_file_holds_a_shared_weight_once(tmp_path: Path) -> None:
+    model = built(Mix, Mix, Mix)
+    model.layers[2].f.weight = model.layers[1].f.weight
+    ticket = blockprune.remove_blocks(model, "layers.0", tokens())
+    blockprune.save_ticket(ticket, tmp_path / "ticket")
+    names = set(load_file(tmp_path / "ticket"))
+    assert len(names & {"layers.1.f.weight", "layers.2.f.weight"}) == 1
+    other = built(Mix, Mix, Mix)
+    with torch.no_grad():
+        other.layers[1].f.weight.zero_()
+    other.layers[2].f.weight = other.layers[1].f.weight
+    again = blockprune.load_ticket(other, tmp_path / "ticket")
+    assert torch.equal(again.eval()(tokens()), ticket.eval()(tokens()))
+    found = dict(again.named_parameters(remove_duplicate=False))
+    assert found["layers.1.f.weight"] is found["layers.2.f.weight"]

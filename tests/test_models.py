@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from blockprune import find_blocks, make_plan, score_blocks
 from blockprune.costs import model_costs
-from blockprune.errors import PlanError
+from blockprune.errors import MissingExtraError, ModelSpecError, PlanError
 from blockprune.models import (
     ResNet,
     lenet300,
@@ -274,3 +275,15 @@ def test_inception_v3_trains_at_its_own_size() -> None:
     with torch.no_grad():
         logits, auxiliary = model.train()(torch.rand(2, 3, 299, 299))
     assert logits.shape == auxiliary.shape == (2, 10)
+
+
+def test_a_network_of_timm_is_built_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    model = model_factory("timm:resnet10t", {"num_classes": 3})()
+    assert isinstance(model, nn.Module)
+    assert model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(ModelSpecError, match=r"no model 'resnet10'.*Did you mean"):
+        model_factory("timm:resnet10", {})
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'blockprune\[zoo\]'"):
+        model_factory("timm:resnet10t", {})

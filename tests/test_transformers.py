@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,184 @@ def test_a_vision_model_reloads_and_a_post_norm_model_as_an_approximation(tmp_pa
     ticket.save_pretrained(tmp_path / "bert")
     again = type(dense).from_pretrained(tmp_path / "bert").eval()
     assert torch.equal(again(**EXAMPLE).logits, ticket(**EXAMPLE).logits)
+
+
+# --- configurations that say it in some way of their own ----------------------------------------
+
+
+class OwnConfig(transformers.PretrainedConfig):
+    """Says how many layers there are as `depth`, and what follows from it as `spare`."""
+
+    model_type = "own"
+
+    def __init__(self, heads: int = 4, depth: int = 4, spare: int | None = None, **rest: Any):
+        if 8 % heads:
+            raise ValueError(f"{heads} heads do not divide 8")
+        self.heads, self.depth = heads, depth
+        self.spare = depth if spare is None else spare
+        super().__init__(**rest)
+
+
+class PairsConfig(transformers.PretrainedConfig):
+    """Says how many pairs of layers there are."""
+
+    model_type = "pairs"
+
+    def __init__(self, pairs: int = 2, **rest: Any):
+        self.pairs = pairs
+        super().__init__(**rest)
+
+
+class StagesConfig(transformers.PretrainedConfig):
+    """Says how many layers there are in each stage."""
+
+    model_type = "stages"
+
+    def __init__(self, depths: Any = (3, 4), **rest: Any):
+        self.depths = list(depths)
+        super().__init__(**rest)
+
+
+class Scaled(nn.Module):
+    """A layer that may compute with its number, in code that no trace can follow."""
+
+    def __init__(self, slot: int, computes: bool = False) -> None:
+        super().__init__()
+        self.f, self.attention = nn.Linear(8, 8), Numbered(slot, computes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.f(x).relu()
+
+
+class Numbered(nn.Module):
+    def __init__(self, slot: int, computes: bool) -> None:
+        super().__init__()
+        self.layer_idx, self.mix, self.computes = slot, nn.Linear(8, 8), computes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().abs().max()) > 1e6:
+            raise ValueError("too large")
+        return self.mix(x) * (1 + self.layer_idx if self.computes else 1)
+
+
+class OwnModel(transformers.PreTrainedModel):
+    config_class = OwnConfig
+    base_model_prefix = "own"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.spare != config.depth:
+            raise ValueError("depth and spare differ")
+        self.layers = nn.ModuleList(self.layer(slot) for slot in range(config.depth))
+        self.post_init()
+
+    def layer(self, slot: int) -> nn.Module:
+        return Scaled(slot)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CountingModel(OwnModel):
+    """Its attention computes with its number."""
+
+    def layer(self, slot: int) -> nn.Module:
+        return Scaled(slot, computes=True)
+
+
+class PairsModel(OwnModel):
+    config_class = PairsConfig
+
+    def __init__(self, config: Any) -> None:
+        transformers.PreTrainedModel.__init__(self, config)
+        self.layers = nn.ModuleList(Scaled(slot) for slot in range(2 * config.pairs))
+        self.post_init()
+
+
+class StagesModel(OwnModel):
+    config_class = StagesConfig
+
+    def __init__(self, config: Any) -> None:
+        transformers.PreTrainedModel.__init__(self, config)
+        self.first, self.second = (
+            nn.ModuleList(Scaled(slot) for slot in range(depth)) for depth in config.depths
+        )
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.first, *self.second):
+            x = layer(x)
+        return x
+
+
+def without(model: nn.Module, *names: str) -> nn.Module:
+    """Return the eager model with the named modules handing their one input on."""
+    model = copy.deepcopy(model)
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: args[0])
+    return model
+
+
+STREAM = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("dense", "gone", "left"),
+    [
+        (lambda: OwnModel(OwnConfig()), ["layers.1"], {"heads": 4, "depth": 3, "spare": 3}),
+        (
+            lambda: StagesModel(StagesConfig()),
+            ["second.0", "second.2", "first.1"],
+            {"depths": [2, 2]},
+        ),
+    ],
+)
+def test_the_entry_that_counts_the_layers_is_found_by_what_it_builds(
+    dense: Callable[[], Any], gone: list[str], left: dict[str, Any], tmp_path: Path
+) -> None:
+    model = dense().eval()
+    ticket = blockprune.remove_blocks(model, gone, STREAM, granularity="layer", preserve_root=True)
+    assert {name: getattr(ticket.config, name) for name in left} == left
+    assert torch.equal(ticket(STREAM), without(model, *gone)(STREAM))
+    ticket.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(STREAM), ticket(STREAM))
+
+
+def changed_by_hand() -> Any:
+    model = OwnModel(OwnConfig())
+    model.layers[0].f = nn.Linear(8, 8, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("dense", [lambda: PairsModel(PairsConfig()), changed_by_hand])
+def test_a_configuration_that_cannot_say_it_is_left_alone_and_told(
+    dense: Callable[[], Any],
+) -> None:
+    model = dense().eval()
+    before = model.config.to_dict()
+    with pytest.warns(UserWarning, match="configuration could not be brought in step"):
+        ticket = blockprune.remove_blocks(
+            model, "layers.1", STREAM, granularity="layer", preserve_root=True
+        )
+    assert len(ticket.layers) == 3
+    assert ticket.config.to_dict() == before
+    assert torch.equal(ticket(STREAM), without(model, "layers.1")(STREAM))
+
+
+@pytest.mark.parametrize("kind", [OwnModel, CountingModel])
+def test_slots_of_a_cache_move_up_only_where_nothing_is_computed_with_them(kind: Any) -> None:
+    model = kind(OwnConfig(depth=3)).eval()
+    gone = "layers.0.attention"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ticket = blockprune.remove_blocks(model, gone, STREAM, preserve_root=True)
+    computes = kind is CountingModel
+    assert slots_of(ticket) == ([1, 2] if computes else [0, 1])
+    assert ["keep their slots" in str(warning.message) for warning in told] == [True] * computes
+    reference = copy.deepcopy(model)
+    reference.get_submodule(gone).register_forward_hook(lambda module, args, out: 0 * out)
+    assert torch.equal(ticket(STREAM), reference(STREAM))

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from blockprune.blocks.flow import Flow
+from blockprune.blocks.flow import Flow, input_of
 
 __all__ = ["clamped_range", "is_already_applied"]
 
@@ -64,10 +64,8 @@ def clamped_range(node: fx.Node, flow: Flow) -> tuple[float, float] | None:
 def is_already_applied(node: fx.Node, flow: Flow, replaced: Mapping[fx.Node, fx.Node]) -> bool:
     """Whether the clamp `node` is the identity once the nodes in `replaced` are gone."""
     wanted = clamped_range(node, flow)
-    source = node.args[0] if node.args else None
-    if wanted is None or not isinstance(source, fx.Node):
-        return False
-    while True:
+    source = input_of(node)
+    while wanted is not None and source is not None:
         source = flow.origin(source, replaced)
         found = clamped_range(source, flow)
         if found is not None:
@@ -75,10 +73,8 @@ def is_already_applied(node: fx.Node, flow: Flow, replaced: Mapping[fx.Node, fx.
             return within and not _is_overwritten(source, node, flow, replaced)
         if not _is_max_pool(source, flow) or _is_overwritten(source, node, flow, replaced):
             return False
-        following = source.args[0]
-        if not isinstance(following, fx.Node):
-            return False
-        source = following
+        source = input_of(source)
+    return False
 
 
 def _is_overwritten(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx
 
 from blockprune.blocks.activations import clamped_range, is_already_applied
-from blockprune.blocks.flow import Flow
+from blockprune.blocks.flow import Flow, input_of
 from blockprune.blocks.naming import lies_in
 from blockprune.blocks.rule import Branch
 
@@ -126,7 +126,7 @@ def replacements_in(flow: Flow, branches: Iterable[Branch]) -> dict[fx.Node, fx.
                     pending.append(reader)
                 elif (
                     clamped_range(reader, flow) is not None
-                    and reader.args[:1] == (value,)
+                    and input_of(reader) is value
                     and is_already_applied(reader, flow, replaced)
                 ):
                     replaced[reader] = value

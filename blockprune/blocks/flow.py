@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from blockprune.tracing import Region, TensorFact, expect_condition, holds_tensor
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "input_of"]
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
 _ASSERTIONS = frozenset({torch._assert, torch._assert_async, expect_condition})
@@ -84,10 +84,6 @@ class Flow:
         value = self.region.values[node]
         return value if isinstance(value, TensorFact) else None
 
-    def carries_data(self, node: fx.Node) -> bool:
-        """Whether tensors come out of `node`; sizes and flags are not data."""
-        return self._carries[node]
-
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a call_module node calls, else None."""
         if node.op != "call_module":
@@ -96,10 +92,8 @@ class Flow:
 
     def passes_on(self, node: fx.Node) -> fx.Node | None:
         """Return the argument that `node` hands on unchanged (Identity, clone), else None."""
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            return None
-        source = node.args[0]
-        if (
+        source = input_of(node)
+        if source is not None and (
             (node.op == "call_module" and type(self.module(node)) is nn.Identity)
             or (node.op == "call_method" and node.target in _IDENTITY_METHODS)
             or (node.op == "call_function" and node.target is torch.clone)
@@ -132,15 +126,12 @@ class Flow:
         self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None
     ) -> fx.Node | None:
         """Return the node that a chain of reshapes ending in `node` has brought back to shape."""
-        source = node
-        while _is_reshape(source) or (source is not node and self._step_back(source, replaced)):
-            following = self._step_back(source, replaced) or source.args[0]
-            if not isinstance(following, fx.Node):
-                return None
-            source = following
-            if self.fact(source) is not None and self.fact(source) == self.fact(node):
-                return source
-        return None
+        wanted = self.fact(node)
+        source: fx.Node | None = input_of(node) if _is_reshape(node) else None
+        while source is not None and wanted is not None and self.fact(source) != wanted:
+            following = self._step_back(source, replaced)
+            source = following or (input_of(source) if _is_reshape(source) else None)
+        return None if wanted is None else source
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -320,6 +311,12 @@ class Flow:
         return replacement is value or bool(
             self.region.facts.written[value] & self.storages(replacement)
         )
+
+
+def input_of(node: fx.Node) -> fx.Node | None:
+    """Return the node that an operation on one tensor is given, in place or by name, else None."""
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    return given if isinstance(given, fx.Node) else None
 
 
 def _is_reshape(node: fx.Node) -> bool:

@@ -50,7 +50,7 @@ def branch_names(branches: Sequence[tuple[Flow, fx.Node, Iterable[fx.Node]]]) ->
         elif owner and count[owner] == 1:
             names.append(owner)
         else:
-            names.append(_child(flow, merge, nodes) or f"{owner}.{merge.name}".lstrip("."))
+            names.append(_child(flow, merge, nodes))
     return numbered(names)
 
 
@@ -70,7 +70,10 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def _child(flow: Flow, merge: fx.Node, nodes: Iterable[fx.Node]) -> str:
-    """Return the module called by the owner, or its parameter, that holds most of the branch."""
+    """Return the module called by the owner, or its parameter, that holds most of the branch.
+
+    There is one: a branch reads parameters.
+    """
     owner = owner_call(merge)
     weight: Counter[str] = Counter()
     for node in sorted(flow.with_state(nodes), key=flow.index.__getitem__):
@@ -83,6 +86,4 @@ def _child(flow: Flow, merge: fx.Node, nodes: Iterable[fx.Node]) -> str:
             else:
                 child = name
             weight[child] += parameter.numel()
-    if not weight:
-        return ""
     return flow.region.qualified(weight.most_common(1)[0][0])

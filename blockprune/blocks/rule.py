@@ -39,6 +39,8 @@ _ADD_FUNCTIONS = frozenset(
     }
 )
 _ADD_METHODS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+# By name, those of the first operand before those of the second; torch also takes numpy's names.
+_ADD_OPERANDS = ("input", "self", "x", "a", "x1", "other", "x2")
 _SCALE_FUNCTIONS = frozenset(
     {
         operator.mul,
@@ -103,11 +105,8 @@ def merge_of(node: fx.Node, flow: Flow) -> Merge | None:
     )
     if not is_add or node.kwargs.get("out") is not None:
         return None
-    named = [node.kwargs[key] for key in ("input", "self", "other") if key in node.kwargs]
-    operands = [*node.args, *named]
-    if len(operands) < 2:
-        return None
-    a, b = operands[:2]
+    named = [node.kwargs[key] for key in _ADD_OPERANDS if key in node.kwargs]
+    a, b = (*node.args, *named, None, None)[:2]
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return None
     if flow.fact(a) is None or flow.fact(b) is None or flow.fact(node) is None:

@@ -32,6 +32,9 @@ __all__ = ["AngularDistance", "BlockInfluence", "ExpectAbs", "HRank", "Pls"]
 
 Array = NDArray[Any]
 
+# Relative to the features and the labels: rounding in double precision, and nothing besides.
+_NO_COVARIANCE = 1e-12
+
 
 @dataclass(frozen=True)
 class HRank(ActivationCriterion):
@@ -351,6 +354,9 @@ def _vip(features: Array, one_hot: Array, components: int) -> Array:
     from sklearn.cross_decomposition import PLSRegression
 
     samples, size = features.shape
+    shared = np.abs(features.T @ (one_hot - one_hot.mean(0))).max()
+    if shared <= _NO_COVARIANCE * np.linalg.norm(features) * np.linalg.norm(one_hot):
+        raise CriterionError("What leaves the blocks does not vary with the labels: no PLS of it.")
     model = PLSRegression(min(components, samples - 1, size), max_iter=5000, tol=1e-12)
     with warnings.catch_warnings():
         # Fewer components than asked for explain all: those that are left weigh nothing.
@@ -359,8 +365,6 @@ def _vip(features: Array, one_hot: Array, components: int) -> Array:
     weights, scores, loadings = model.x_weights_, model.x_scores_, model.y_loadings_
     explained = np.diag(scores.T @ scores @ loadings.T @ loadings)
     norms = np.linalg.norm(weights, axis=0)
-    if not explained.sum() > 0:
-        raise CriterionError("What leaves the blocks does not vary with the labels: no PLS of it.")
     shares = (weights / np.where(norms > 0, norms, 1.0)) ** 2
     importance: Array = np.sqrt(size * (shares @ explained) / explained.sum())
     return importance

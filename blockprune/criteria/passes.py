@@ -311,15 +311,20 @@ class _Interpreter(CallInterpreter):
     def size(self, dead: frozenset[fx.Node]) -> int:
         """Return the bytes that `state` would copy: each memory once, weights not counted."""
         weights = {id(parameter) for parameter in self.module.parameters()}
-        values = [value for node, value in self.env.items() if node not in dead]
+        values = [value for node, value in self.env.items() if self._is_kept(node, dead)]
         memory = [t.untyped_storage() for t in tensors_in(values) if id(t) not in weights]
         return sum({part.data_ptr(): part.nbytes() for part in memory}.values())
 
     def state(self, dead: frozenset[fx.Node]) -> _State:
         """Return a copy of where things stand, without the values of `dead` nodes."""
         memo: dict[int, Any] = {id(parameter): parameter for parameter in self.module.parameters()}
-        values = {node: _copied(v, memo) for node, v in self.env.items() if node not in dead}
+        kept = {node: value for node, value in self.env.items() if self._is_kept(node, dead)}
+        values = {node: _copied(value, memo) for node, value in kept.items()}
         return _State(self.position, values, rng_state())
+
+    def _is_kept(self, node: fx.Node, dead: frozenset[fx.Node]) -> bool:
+        # An item with a stand-in has its value, and may be read behind the block.
+        return node not in dead or self.track.flow.has_stand_in(node)
 
     def tail(self, state: _State) -> Any:
         """Run on from a state, which is used up, and return the output."""

@@ -64,6 +64,10 @@ class Network:
         """Return the convolution of that name."""
         return cast(nn.modules.conv._ConvNd, self.model.get_submodule(name))
 
+    def is_followed(self, name: str) -> bool:
+        """Whether the graph knows the module of that name: autograd has to record it."""
+        return self.model.get_submodule(name) in self.graph.module2node
+
     def channels_of(self, name: str) -> Channels:
         """Return what the filters of the convolution of that name run through."""
         convolution = self.convolution(name)

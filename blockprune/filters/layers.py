@@ -151,6 +151,9 @@ def _verdict(
             return FilterRefusal(name, "grouped", f"its filters stand in {groups} groups.")
         kind = type(convolution).__name__
         return FilterRefusal(name, "custom", f"a {kind} does not use its weight as it is.")
+    if not network.is_followed(name):
+        detail = "no way from it to an output is recorded: it runs under no_grad, or is detached."
+        return FilterRefusal(name, "outside", detail)
     channels = network.channels_of(name)
     if channels.is_merged:
         return FilterRefusal(

@@ -54,16 +54,18 @@ def differ(one: nn.Module, other: nn.Module, call: Call, names: Callable[[str], 
 def _drawn_alike(model: nn.Module, call: Call, mode: str) -> Outcome:
     """Run a model so that its draws do not depend on what else was drawn before."""
     model = structural_copy(model).train(mode == "train")
-    for differentiate in (True, False):  # some networks overwrite what their backward needs
+
+    def run(differentiate: bool) -> Outcome:
         inputs = fresh(call)
-        try:
-            with torch.set_grad_enabled(differentiate), AlikeDraws():
-                outputs = model(*inputs.args, **inputs.kwargs)
-                return outputs, gradients_of(outputs, model) if differentiate else None
-        except Exception:
-            if not differentiate:
-                raise
-    raise AssertionError
+        with torch.set_grad_enabled(differentiate), AlikeDraws():
+            outputs = model(*inputs.args, **inputs.kwargs)
+            return outputs, gradients_of(outputs, model) if differentiate else None
+
+    try:
+        return run(differentiate=True)
+    except Exception:
+        # Some networks overwrite what their backward needs.
+        return run(differentiate=False)
 
 
 def _outcomes_differ(

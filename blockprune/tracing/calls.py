@@ -123,9 +123,16 @@ def as_call(model: nn.Module, example_inputs: Any) -> Call:
 
 
 def bind(module: nn.Module, call: Call) -> list[Binding]:
-    """Return the parameters of `module.forward` with what `call` gives each of them."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind(*call.args, **call.kwargs)
+    """Return the parameters of `module.forward` with what `call` gives each of them.
+
+    Raises:
+        TraceError: its signature is not what it is called by, as behind some decorators.
+    """
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError) as error:
+        raise TraceError(f"its forward has a signature that cannot be bound ({error})") from error
     by_position = set(list(bound.arguments)[: len(call.args)])
     given = {name: "position" if name in by_position else "keyword" for name in bound.arguments}
     bound.apply_defaults()

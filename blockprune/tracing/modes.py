@@ -54,7 +54,8 @@ def _merge(in_eval: Trace, in_train: Trace) -> str | None:
     twin: dict[fx.Node, fx.Node] = {}
     flags: list[tuple[fx.Node, str]] = []
     open_modules = [""]
-    for ours, theirs in zip(in_eval.events, in_train.events, strict=False):
+    # Both end with the output: where one has ended the other has too, or has differed before.
+    for ours, theirs in zip(in_eval.events, in_train.events, strict=True):
         if (ours.kind, ours.path) != (theirs.kind, theirs.path):
             return open_modules[-1]
         if ours.kind == "enter":
@@ -67,8 +68,6 @@ def _merge(in_eval: Trace, in_train: Trace) -> str | None:
                 return open_modules[-1]
             if verdict == "flag" and ours.node is not None:
                 flags.append((ours.node, open_modules[-1]))
-    if len(in_eval.events) != len(in_train.events):
-        return open_modules[-1]
     for node, path in flags:
         _bind_flag(node, twin[node], path)
     return None

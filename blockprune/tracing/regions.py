@@ -302,13 +302,11 @@ class _Walk:
             else:
                 self.opaque[path] = NOT_EXECUTED
             return
-        first = constants_of(bind(self.root.get_submodule(path), calls[0]))
-        for other in calls[1:]:
-            if constants_of(bind(self.root.get_submodule(path), other)) != first:
-                self.opaque[path] = "called with different constant arguments at different places"
-                self.descend(path, order)
-                return
+        module = self.root.get_submodule(path)
         try:
+            first, *others = (constants_of(bind(module, call)) for call in calls)
+            if any(other != first for other in others):
+                raise TraceError("called with different constant arguments at different places")
             self.attempt(path, calls[0], (*order, position))
         except TraceError as error:
             self.opaque[path] = str(error)
@@ -324,10 +322,7 @@ def _graph_of(module: nn.Module, path: str, call: Call, leaves: Leaves) -> fx.Gr
     if isinstance(module, fx.GraphModule):
         # Already a graph (a ticket, say): it knows its owners and its modes.
         return copy_graph(module.graph)[0]
-    try:
-        bindings = bind(module, call)
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"its forward has a signature that cannot be bound ({error})") from error
+    bindings = bind(module, call)
     # A user calls the root as the example does; code around an inner region may vary its call.
     trace = trace_with_arguments if path else trace_both_modes
     try:

@@ -157,7 +157,9 @@ class _Tracer(fx.Tracer):
             return True
         if isinstance(m, fx.GraphModule):
             return True
-        is_of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao"))
+        # A parametrized module has a class made for it, by torch.
+        kind = parametrize.type_before_parametrizations(m)
+        is_of_torch = kind.__module__.startswith(("torch.nn", "torch.ao"))
         if parametrize.is_parametrized(m):
             if not is_of_torch:
                 self.leaves.paths[module_qualified_name] = "its weights are parametrized"

@@ -89,8 +89,6 @@ def tensors_in(value: Any, kind: type = Tensor) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item, kind)
-    elif isinstance(value, slice):
-        yield from tensors_in((value.start, value.stop, value.step), kind)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type | TensorFact):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name), kind)

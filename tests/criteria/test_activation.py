@@ -348,3 +348,52 @@ def test_labels_are_not_needed() -> None:
     images = pair()[0]
     for name in DIRECT:
         assert CRITERIA[name](of_batches(trained(), (images, None)))
+
+
+def test_pls_takes_one_component_or_more() -> None:
+    with pytest.raises(CriterionError, match="1 or more, not 0"):
+        Pls(components=0)
+
+
+def test_pls_of_features_that_do_not_vary_with_the_labels() -> None:
+    images, labels = pair()
+    alike = images[:1].repeat(len(labels), 1, 1, 1)
+    balanced = torch.cat([images, images]), torch.arange(2 * len(labels)) // len(labels)
+    for batch in ((alike, labels), balanced):
+        with pytest.raises(CriterionError, match="does not vary with the labels"):
+            Pls()(of_batches(trained(), batch))
+
+
+def test_hrank_of_maps_that_are_not_finite() -> None:
+    images = pair()[0].clone()
+    images[0, 0, 0, 0] = math.inf
+    with pytest.raises(CriterionError, match=r"'blocks\.0' is not finite: it has no rank"):
+        HRank()(unlabelled(trained(), images))
+
+
+def test_a_block_that_no_batch_runs_has_no_score() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.bright, self.fc = Layout(False), Layout(False), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            dark = float(x.mean()) < 0
+            x = self.always(x)
+            return self.fc((x if dark else self.bright(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Sometimes(), torch.rand(4, 5, 3, 3)
+    context = of_batches(model, (images, None))
+    assert [block.name for block in context.blocks] == ["always", "bright"]
+    assert ExpectAbs()(context).keys() == {"always", "bright"}
+    dark = ScoringContext(
+        copy_model(model).eval(),
+        context.blocks,
+        [Batch(as_call(model, -images), None)],
+        as_call(model, images),
+        analysis=find_blocks(model, images),
+    )
+    for name in DIRECT:
+        with pytest.raises(CriterionError, match="'bright' was not run by any batch"):
+            CRITERIA[name](dark)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from blockprune.blocks import find_blocks
 from blockprune.criteria import ScoringContext, ZeroScoresWarning
 from blockprune.criteria.fisher import Fisher
+from blockprune.criteria.layer_outputs import sample_axis
 from blockprune.errors import CriterionError, DataError
 from tests.criteria.batched import TokenNet, assert_untouched, batched, split, tokens
 from tests.criteria.nets import Net, context, pair
@@ -388,3 +389,61 @@ def test_blocks_without_a_context_of_their_own_are_none() -> None:
     scoring: ScoringContext = context(Net(), images, labels)
     scoring.blocks = ()
     assert Fisher()(scoring) == {}
+
+
+class InChunks(nn.Module):
+    """Runs some samples at a time, so a layer is called more often for a larger batch."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.inner = size, Branches(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(part) for part in x.split(self.size)])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_model_that_takes_its_batch_in_chunks(size: int) -> None:
+    model, pairs = InChunks(size), split(features(9), 6, 3)
+    scoring = batched(model, pairs)
+    names = [block.name for block in scoring.blocks]
+    assert len(names) == 2
+    layers = {name: (f"inner.branches.{i}",) for i, name in enumerate(names)}
+    assert Fisher()(scoring) == pytest.approx(direct(model, pairs, layers), rel=1e-10)
+
+
+class Routed(nn.Module):
+    """A branch whose router, which has weights, returns numbers without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.mix = Router(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x) * (1 + self.router(x)).unsqueeze(-1).to(x.dtype)
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).argmax(-1)
+
+
+def test_a_router_that_returns_integers() -> None:
+    model, pairs = Branches(Routed()), split(features(7), 4, 3)
+    layers = {"branches.0": ("branches.0.router.gate", "branches.0.mix")}
+    assert Fisher()(batched(model, pairs)) == pytest.approx(direct(model, pairs, layers), rel=1e-10)
+
+
+def test_where_the_samples_are_is_read_off_passes_of_two_and_three() -> None:
+    three = torch.randn(3, 5, 4)
+    assert sample_axis(three[:2], three) == 0
+    assert sample_axis(three[:2].movedim(0, 1), three.movedim(0, 1)) == 1
+    # Two rows of each sample, those of one sample together or those of one place.
+    assert sample_axis(three[:2].repeat_interleave(2, 0), three.repeat_interleave(2, 0)) == 0
+    assert sample_axis(three[:2].repeat(2, 1, 1), three.repeat(2, 1, 1)) is None
+    assert sample_axis(three[:2].flatten(1), three) is None
+    assert sample_axis(three[:2], three[:2]) is None

@@ -502,3 +502,19 @@ def test_unknown_aggregation() -> None:
     for criterion in (Snip, Grasp, Taylor):
         with pytest.raises(CriterionError, match="'mean' or 'sum', not 'max'"):
             criterion("max")  # type: ignore[arg-type]
+
+
+def test_grasp_of_a_loss_that_is_linear_in_the_weights_is_zero() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.branch(x)
+            return out
+
+    inputs, targets = torch.randn(6, 4), torch.zeros(6)
+    scoring = context(Linear(), inputs, targets, loss_fn=lambda out, y: out.mean())
+    with pytest.warns(ZeroScoresWarning):
+        assert list(Grasp()(scoring).values()) == [0.0]

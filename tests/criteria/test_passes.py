@@ -266,3 +266,55 @@ def test_a_context_without_an_analysis_says_so() -> None:
     scoring = ScoringContext(Net(), (), [], as_call(Net(), pair(2)[0]))
     with pytest.raises(Exception, match="needs the analysis"):
         _ = scoring.passes
+
+
+def test_what_a_module_hands_through_is_there_when_its_branch_is_left_out() -> None:
+    """An attention that returns its bias beside its output: the bias is read behind the block."""
+
+    class Handing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            if float(x.abs().max()) > 1e9:
+                raise ValueError("too large")
+            return self.mix(x) + bias, bias
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.mlp = Handing(), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            mixed, bias = self.attention(x, bias + 1)
+            x = x + mixed
+            return x + self.mlp(x).relu() + bias, bias
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            for layer in self.layers:
+                x, bias = layer(x, bias)
+            return x * bias
+
+    def zero(module: nn.Module, args: Any, out: Any) -> Any:
+        return (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out
+
+    torch.manual_seed(0)
+    model, inputs = Stack().eval(), (torch.randn(2, 5, 8), torch.randn(8))
+    analysis = find_blocks(model, inputs)
+    assert {f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")} == set(
+        analysis.names
+    )
+    for limit in LIMITS:
+        with isolated(), torch.no_grad():
+            outputs = passes_of(model, analysis).leave_one_out(as_call(model, inputs), limit)
+            for block, found in outputs:
+                eager = copy.deepcopy(model)
+                if block is not None:
+                    eager.get_submodule(block.name).register_forward_hook(zero)
+                assert_close(found, eager(*inputs), (block, limit))

@@ -177,3 +177,50 @@ def test_other_activation_functions_count_too() -> None:
     first, second = scores.values()
     assert first == pytest.approx(proxy(codes) - proxy(only))
     assert second == pytest.approx(proxy(codes) - proxy(codes[:1]))
+
+
+def test_only_activations_that_samples_go_through_are_compared() -> None:
+    class Scaled(nn.Module):
+        """Also calls ReLU on a vector of its own, and on a table of more rows than samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.table = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(5, 8))
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                own = functional.relu(self.scale) * functional.relu(self.table).mean(0)
+                x = x + functional.relu(block(x)) * own
+            return x
+
+    torch.manual_seed(0)
+    model, inputs = Scaled(), torch.randn(3, 8)
+
+    def proxy(*names: int) -> float:
+        x, kernel = inputs, torch.zeros(3, 3, dtype=torch.float64)
+        for name in names:
+            entering = model.blocks[name](x)
+            c = (entering > 0).double()
+            kernel += c @ c.T + (1 - c) @ (1 - c).T
+            x = x + functional.relu(entering)
+        return float(torch.linalg.slogdet(kernel)[1])
+
+    scores = list(Naswot()(context(model, inputs, torch.zeros(3))).values())
+    assert scores == pytest.approx([proxy(0, 1) - proxy(1), proxy(0, 1) - proxy(0)])
+
+
+def test_an_input_that_cannot_be_differentiated() -> None:
+    class OneHot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = functional.one_hot(x, 8).float()
+            for block in self.blocks:
+                x = x + functional.relu(block(x))
+            return x
+
+    with pytest.raises(CriterionError, match=r"no floating-point input.*Use 'naswot' or 'snip'"):
+        JacobCov()(context(OneHot(), torch.tensor([0, 3, 5]), torch.zeros(3)))

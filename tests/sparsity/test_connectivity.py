@@ -155,6 +155,9 @@ def test_states_that_do_not_fit_are_named() -> None:
     wide = {**b, "head.bias": b["head.bias"].double()}
     with pytest.raises(CheckpointError, match=r"head\.bias is \(3,\) torch\.float64 where"):
         connectivity(small(), a, wide, lambda m: 0.0)
+    listed = {**b, "head.bias": b["head.bias"].tolist()}
+    with pytest.raises(CheckpointError, match=r"head\.bias is a list, and no tensor"):
+        interpolated(a, listed, 0.5)
     for alphas in (1, [0.0, 0.5], [0.5], [0, 0.7, 0.2, 1]):
         with pytest.raises(CheckpointError, match=r"points|alphas go from 0 to 1"):
             connectivity(small(), a, b, lambda m: 0.0, alphas=alphas)

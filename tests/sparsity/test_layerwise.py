@@ -133,3 +133,15 @@ def test_weights_that_are_not_finite_are_named() -> None:
             importance_of(name, layer, Mask.full(layer))
         others = Mask({"weight": torch.tensor([[True, False, True]])})
         assert importance_of(name, layer, others)["weight"].isfinite().all()
+
+
+def test_an_importance_that_is_no_number_is_named() -> None:
+    layer = torch.nn.Linear(3, 1)
+    mask = Mask({"weight": torch.tensor([[True, False, True]])})
+
+    def undefined(weight_abs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return weight_abs * torch.tensor([torch.nan, torch.nan, 1.0])
+
+    # Of a weight that is gone it does not matter.
+    with pytest.raises(CriterionError, match="'undefined' is NaN for 1 weights of weight"):
+        importance_of(undefined, layer, mask)
