@@ -703,3 +703,26 @@ def test_a_file_whose_call_is_none_is_refused(call: dict[str, Any], tmp_path: Pa
     with_header(path, json.dumps({**header_of(path), "call": call}))
     with pytest.raises(blockprune.TicketError, match="its call is malformed"):
         blockprune.load_ticket(model, path)
+
+
+class TwoInputs(nn.Module):
+    """A branch that alone reads the second argument of its model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(D, D)
+        self.gate = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, condition: Tensor, scale: float = 2.0) -> Tensor:
+        x = self.stem(x)
+        return x + self.gate(x * condition * scale)
+
+
+def test_an_argument_that_only_a_removed_branch_reads_stays_in_the_signature() -> None:
+    model = TwoInputs().eval()
+    ticket = blockprune.remove_blocks(model, "gate", (tokens(), tokens()))
+    wanted = model.stem(tokens())
+    assert torch.equal(ticket(tokens(), tokens()), wanted)
+    assert torch.equal(ticket(x=tokens(), condition=torch.zeros(1)), wanted)
+    with pytest.raises(TypeError, match="condition"):
+        ticket(tokens())

@@ -365,6 +365,20 @@ class TestRounding:
             cut(Single())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_on_both_sides_is_equal(
+    damaged: Callable[[Damage], None], dtype: torch.dtype
+) -> None:
+    model, inputs = Net().to(dtype), INPUTS.to(dtype)
+    with torch.no_grad():
+        model.head.bias[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    ticket = blockprune.remove_blocks(model, ["blocks.0"], inputs)
+    assert ticket.eval()(inputs)["logits"][:, :3].isfinite().any().item() is False
+    damaged(with_call("stem", torch.mul, 1.1))
+    with pytest.raises(VerificationError):
+        blockprune.remove_blocks(model, ["blocks.0"], inputs)
+
+
 # --- the trace, and what cannot be compared -------------------------------------------------------
 
 
