@@ -331,6 +331,18 @@ class TestFiles:
             (folder / "a").write_text("a")
         assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
+    def test_a_folder_where_a_file_belongs_leaves_the_others(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("old")
+        (tmp_path / "b.txt").mkdir()
+        with (
+            pytest.raises(BlockpruneError, match=r"b\.txt is a folder"),
+            staged_folder(tmp_path, force=True) as folder,
+        ):
+            (folder / "a.txt").write_text("new")
+            (folder / "b.txt").write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
     def test_force_replaces_results_and_keeps_the_rest(self, tmp_path: Path) -> None:
         (tmp_path / "table.txt").write_text("old")
         (tmp_path / "thesis.tex").write_text("years of work")

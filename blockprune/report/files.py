@@ -57,7 +57,8 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises:
         BlockpruneError: ``out`` is a file, cannot be written to, or holds files and
-            ``force`` is false; raised before the block begins.
+            ``force`` is false; raised before the block begins. Or a folder in it stands where a
+            file belongs; raised before any file is moved.
 
     Example:
         ``with staged_folder(Path("results")) as folder: (folder / "a.txt").write_text("a")``
@@ -74,7 +75,14 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         staging = _make_staging(out)
         yield staging
-        for file in sorted(staging.iterdir()):
+        files = sorted(staging.iterdir())
+        for file in files:
+            if (out / file.name).is_dir():
+                raise BlockpruneError(
+                    f"{out / file.name} is a folder, where a file of results belongs. Remove it, "
+                    "or choose another folder."
+                )
+        for file in files:
             os.replace(file, out / file.name)
         absent = []
     finally:
