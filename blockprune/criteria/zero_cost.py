@@ -7,7 +7,8 @@ initialisation running statistics describe nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import ScoringContext
 from blockprune.criteria.batches import Batch
+from blockprune.criteria.layer_outputs import sample_axis
 from blockprune.criteria.losses import main_output
 from blockprune.criteria.nonlinear import NONLINEAR_NAMES
 from blockprune.errors import CriterionError, DataError
@@ -35,7 +37,9 @@ class Naswot:
         K = sum over activation functions of  x x' + (1 - x)(1 - x)'      (samples x samples)
         proxy = log |det K|
 
-    and the score is the proxy of the model minus that without the block.
+    and the score is the proxy of the model minus that without the block. The axis of the samples
+    is found by short passes of two and of three samples; where there is none, as in a table of
+    weights, the activation is left out. A batch of two has the samples in the first axis.
 
     Raises (when called):
         CriterionError: there is no such function; or two samples have the same codes, so that K
@@ -59,7 +63,16 @@ class Naswot:
 
     def __call__(self, context: ScoringContext) -> dict[str, float]:
         """Return the score of each block, from the first batch."""
-        return _differences(context, _naswot)
+        batch = context.first_batch()
+        layouts = {
+            block and block.name: _layout(context, batch, block)
+            for block in (None, *context.blocks)
+        }
+
+        def proxy(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> float:
+            return _naswot(context, batch, without, layouts[without and without.name])
+
+        return _differences(context, proxy)
 
 
 @dataclass(frozen=True)
@@ -137,10 +150,11 @@ def _left_out(block: ResidualBlock | None) -> str:
 # --- codes ----------------------------------------------------------------------------------------
 
 
-def _naswot(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> float:
-    codes = _Codes(len(batch))
-    with context.running(batch), torch.no_grad(), codes:
-        context.passes.run(batch.call, without)
+def _naswot(
+    context: ScoringContext, batch: Batch, without: ResidualBlock | None, layout: _Layout
+) -> float:
+    codes = _Codes(len(batch), layout)
+    _watch(context, batch, without, codes.add)
     if codes.kernel is None:
         raise CriterionError(
             "naswot reads the inputs of activation functions (ReLU and its like), and the model"
@@ -155,13 +169,59 @@ def _naswot(context: ScoringContext, batch: Batch, without: ResidualBlock | None
     return float(value)
 
 
-class _Codes(TorchFunctionMode):
+_Layout = Sequence[int | None] | None
+"""The axis of the samples at each activation function that is called; None: not known of any."""
+
+
+def _layout(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> _Layout:
+    if len(batch) < 3:
+        return None
+    two, three = (_copies(context, batch.part(0, size), without) for size in (2, 3))
+    if len(two) != len(three):
+        return None
+    return [sample_axis(few, more) for few, more in zip(two, three, strict=True)]
+
+
+def _copies(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> list[Tensor]:
+    """Return what enters each activation function, in memory that none of them writes into."""
+    seen: list[Tensor] = []
+    _watch(context, batch, without, lambda entering: seen.append(entering.clone()))
+    return seen
+
+
+class _Codes:
     """Adds up the kernel over every activation function that is called."""
 
-    def __init__(self, samples: int) -> None:
-        super().__init__()
+    def __init__(self, samples: int, layout: _Layout) -> None:
         self.samples = samples
+        self.axes: Iterator[int | None] = itertools.repeat(0) if layout is None else iter(layout)
         self.kernel: Tensor | None = None
+
+    def add(self, entering: Tensor) -> None:
+        axis = next(self.axes, None)
+        if axis is None or entering.dim() < 2 or entering.shape[axis] % self.samples:
+            return
+        # Windows of one sample lie side by side.
+        on = (entering > 0).movedim(axis, 0).reshape(self.samples, -1).double()
+        kernel = on @ on.T + (1 - on) @ (1 - on).T
+        self.kernel = kernel if self.kernel is None else self.kernel + kernel
+
+
+def _watch(
+    context: ScoringContext,
+    batch: Batch,
+    without: ResidualBlock | None,
+    read: Callable[[Tensor], None],
+) -> None:
+    """Let `read` see what enters each activation function."""
+    with context.running(batch), torch.no_grad(), _Entering(read):
+        context.passes.run(batch.call, without)
+
+
+class _Entering(TorchFunctionMode):
+    def __init__(self, read: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.read = read
 
     def __torch_function__(
         self,
@@ -171,16 +231,8 @@ class _Codes(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if getattr(func, "__name__", "") in NONLINEAR_NAMES and args:
-            self._add(args[0])
+            self.read(args[0])
         return func(*args, **(kwargs or {}))
-
-    def _add(self, entering: Tensor) -> None:
-        # Windows of one sample lie side by side in the first axis.
-        if entering.dim() < 2 or len(entering) % self.samples:
-            return
-        on = (entering > 0).reshape(self.samples, -1).double()
-        kernel = on @ on.T + (1 - on) @ (1 - on).T
-        self.kernel = kernel if self.kernel is None else self.kernel + kernel
 
 
 # --- input gradients ------------------------------------------------------------------------------

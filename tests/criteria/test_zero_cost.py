@@ -123,6 +123,50 @@ def test_token_ids_are_differentiated_at_their_embedding() -> None:
     assert scores[first] == pytest.approx(expected, rel=1e-2)
 
 
+class Turned(nn.Module):
+    """Blocks whose activations have the samples elsewhere, and one of a table of weights."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + self.branch(layer, x)
+        return x.mean(1) + self.table.relu().sum()
+
+    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.layout == "positions first":
+            return functional.relu(layer(x.transpose(0, 1))).transpose(0, 1)
+        if self.layout == "windows":
+            return functional.relu(layer(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return functional.relu(layer(x))
+
+
+@pytest.mark.parametrize("layout", ["plain", "positions first", "windows"])
+@pytest.mark.parametrize("positions", [4, 8, 5])
+def test_codes_are_those_of_samples_in_any_layout(layout: str, positions: int) -> None:
+    """Four samples, so that four or eight positions could be taken for them, and the table."""
+    torch.manual_seed(4)
+    model, x = Turned(layout).double().eval(), torch.randn(4, positions, 6).double()
+
+    def proxy(left_out: int | None) -> float:
+        kernel, now = np.zeros((4, 4)), x
+        for number, layer in enumerate(model.layers):
+            if number != left_out:
+                entering = layer(now)
+                on = (entering.detach().flatten(1) > 0).double().numpy()
+                kernel += on @ on.T + (1 - on) @ (1 - on).T
+                now = now + entering.relu()
+        return float(np.linalg.slogdet(kernel)[1])
+
+    expected = [proxy(None) - proxy(number) for number in range(3)]
+    scores = Naswot()(context(model, x, torch.zeros(4)))
+    assert [scores[f"layers.{number}"] for number in range(3)] == pytest.approx(expected, rel=1e-9)
+
+
 def test_no_activation_function() -> None:
     with pytest.raises(CriterionError, match="calls none"):
         Naswot()(context(Mixing(), torch.randn(3, 5, 6), torch.zeros(3)))
