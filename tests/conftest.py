@@ -6,13 +6,18 @@ the slice of torchvision that is tried.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+from blockprune.profiling import execution as execution_module
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 # The small profile does not shrink a failure: that takes minutes, and --large does it.
@@ -50,3 +55,19 @@ def _seeded() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Compile without generating code; return what was compiled."""
+    compiled: list[object] = []
+    real = functools.partial(torch.compile, backend="eager")
+
+    def compile_(model: Any, **options: Any) -> Any:
+        compiled.append(model)
+        return real(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    execution_module._compiler_failure.cache_clear()
+    yield compiled
+    execution_module._compiler_failure.cache_clear()

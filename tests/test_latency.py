@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ from blockprune.profiling import (
     measure_latency,
     saturated_batch,
 )
-from blockprune.profiling import execution as execution_module
 from blockprune.profiling import saturation as saturation_module
 
 
@@ -286,22 +285,6 @@ def test_volumes_lie_channels_last_as_well() -> None:
 def test_a_number_format_that_is_none_is_refused(dtype: Any) -> None:
     with pytest.raises(MeasurementError, match="dtype must be a floating-point format"):
         Execution(dtype=dtype)
-
-
-@pytest.fixture
-def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """Compile without generating code; return what was compiled."""
-    compiled: list[object] = []
-    real = functools.partial(torch.compile, backend="eager")
-
-    def compile_(model: Any, **options: Any) -> Any:
-        compiled.append(model)
-        return real(model, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    execution_module._compiler_failure.cache_clear()
-    yield compiled
-    execution_module._compiler_failure.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports

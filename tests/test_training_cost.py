@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from blockprune.profiling import (
     compare_training,
     training_memory,
 )
-from blockprune.profiling import execution as execution_module
 from blockprune.profiling import training as training_module
 from blockprune.profiling.steps import TrainingStep
 from blockprune.profiling.training import metered_step, steps_of_epoch
@@ -179,22 +177,6 @@ def test_a_step_that_does_not_fit_in_memory_says_so(monkeypatch: pytest.MonkeyPa
     with pytest.raises(MeasurementError, match=said.format("The model")) as caught:
         metered_step(nn.Linear(4, 3), torch.zeros(1, 4), loss_fn=loss)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-
-
-@pytest.fixture
-def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """Compile without generating code; return what was compiled."""
-    compiled: list[object] = []
-    real = functools.partial(torch.compile, backend="eager")
-
-    def compile_(model: Any, **options: Any) -> Any:
-        compiled.append(model)
-        return real(model, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    execution_module._compiler_failure.cache_clear()
-    yield compiled
-    execution_module._compiler_failure.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
