@@ -25,8 +25,9 @@ from torch.nn import functional
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import ScoringContext
 from blockprune.criteria.batches import Batch
+from blockprune.criteria.layer_outputs import sample_axis
 from blockprune.criteria.meters import ActivationCriterion, ActivationMeter, feature_axis, rows
-from blockprune.errors import CriterionError
+from blockprune.errors import CriterionError, DataError
 
 __all__ = ["AngularDistance", "BlockInfluence", "ExpectAbs", "HRank", "Pls"]
 
@@ -302,13 +303,17 @@ class _PlsMeter(ActivationMeter):
     def __init__(self, context: ScoringContext, components: int) -> None:
         self.context = context
         self.components = components
-        self.axes = {block.name: feature_axis(context, block) for block in context.blocks}
+        samples = _sample_axes(context)
+        self.axes = {
+            block.name: (samples.get(block.name, 0), feature_axis(context, block))
+            for block in context.blocks
+        }
         self.calls: dict[str, list[Tensor]] = defaultdict(list)
         self.pooled: dict[str, list[Array]] = {block.name: [] for block in context.blocks}
         self.labels: list[Array] = []
 
     def see(self, block: ResidualBlock, entering: Tensor, leaving: Tensor) -> None:
-        features_second = leaving.double().movedim(self.axes[block.name], 1)
+        features_second = leaving.double().movedim(self.axes[block.name], (0, 1))
         pooled = features_second.flatten(2).mean(2) if leaving.dim() > 2 else features_second
         self.calls[block.name].append(pooled)
 
@@ -334,6 +339,39 @@ class _PlsMeter(ActivationMeter):
         vip = _vip(np.concatenate(features, axis=1), one_hot, self.components)
         parts = np.split(vip, np.cumsum([part.shape[1] for part in features])[:-1])
         return {name: float(p.mean()) for name, p in zip(self.pooled, parts, strict=True)}
+
+
+def _sample_axes(context: ScoringContext) -> dict[str, int]:
+    """Return the axis of the samples in what leaves each block, where two short passes show it."""
+    batch = context.first_batch()
+    if len(batch) < 3:
+        return {}
+    passes: list[dict[str, Tensor]] = []
+    for size in (2, 3):
+        part, seen = batch.part(0, size), dict[str, Tensor]()
+
+        def see(
+            block: ResidualBlock,
+            entering: Tensor,
+            leaving: Tensor,
+            seen: dict[str, Tensor] = seen,
+        ) -> None:
+            seen[block.name] = leaving.clone()
+
+        try:
+            with context.running(part):
+                context.passes.observe(part.call, see)
+        except DataError:
+            # A model of one size of batch.
+            return {}
+        passes.append(seen)
+    two, three = passes
+    found = {name: sample_axis(two[name], three[name]) for name in two.keys() & three.keys()}
+    return {
+        block.name: axis
+        for block in context.blocks
+        if (axis := found.get(block.name)) is not None and axis != feature_axis(context, block)
+    }
 
 
 def _class_labels(targets: Any) -> Tensor:

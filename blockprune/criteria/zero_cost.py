@@ -176,7 +176,11 @@ _Layout = Sequence[int | None] | None
 def _layout(context: ScoringContext, batch: Batch, without: ResidualBlock | None) -> _Layout:
     if len(batch) < 3:
         return None
-    two, three = (_copies(context, batch.part(0, size), without) for size in (2, 3))
+    try:
+        two, three = (_copies(context, batch.part(0, size), without) for size in (2, 3))
+    except DataError:
+        # A model of one size of batch.
+        return None
     if len(two) != len(three):
         return None
     return [sample_axis(few, more) for few, more in zip(two, three, strict=True)]

@@ -264,6 +264,32 @@ def test_pls_is_one_model_of_the_pooled_features_of_all_blocks() -> None:
     assert Pls()(of_batches(model, *split(batch, 11))) == pytest.approx(expected, rel=1e-5)
 
 
+class Tokens(nn.Module):
+    """Blocks of tokens, in one layout or the other between the same ends."""
+
+    def __init__(self, *, positions_first: bool) -> None:
+        super().__init__()
+        self.positions_first = positions_first
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.positions_first else x
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        out: Tensor = self.head(x.mean(0 if self.positions_first else 1))
+        return out
+
+
+@pytest.mark.parametrize("positions", [12, 5])
+def test_pls_pairs_samples_with_labels_in_any_layout(positions: int) -> None:
+    """Twelve samples: as many positions would be taken for them."""
+    plain, turned = (Tokens(positions_first=first).double() for first in (False, True))
+    turned.load_state_dict(plain.state_dict())
+    batch = torch.randn(12, positions, 6).double(), torch.arange(12) % 2
+    assert Pls()(of_batches(turned, batch)) == pytest.approx(Pls()(of_batches(plain, batch)))
+
+
 def test_pls_prefers_the_block_that_tells_the_classes_apart() -> None:
     class Telling(nn.Module):
         def __init__(self) -> None:

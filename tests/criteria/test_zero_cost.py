@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blockprune.criteria import JacobCov, Naswot
+from blockprune.criteria import JacobCov, Naswot, Pls
 from blockprune.errors import CriterionError, DataError
 from tests.criteria.nets import Net, context, pair
 from tests.criteria.test_activation import Mixing
@@ -165,6 +165,28 @@ def test_codes_are_those_of_samples_in_any_layout(layout: str, positions: int) -
     expected = [proxy(None) - proxy(number) for number in range(3)]
     scores = Naswot()(context(model, x, torch.zeros(4)))
     assert [scores[f"layers.{number}"] for number in range(3)] == pytest.approx(expected, rel=1e-9)
+
+
+class OfFour(Turned):
+    """A model that takes four samples, no fewer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(4, 5, 6))
+
+
+@pytest.mark.parametrize("criterion", [Naswot(), Pls()])
+def test_a_model_of_one_size_of_batch(criterion: Naswot | Pls) -> None:
+    torch.manual_seed(4)
+    model, x = OfFour("plain").double().eval(), torch.randn(4, 5, 6).double()
+    any_size = Turned("plain").double().eval()
+    any_size.load_state_dict(model.state_dict())
+    model.table.requires_grad_(False).fill_(-1)
+    any_size.table.requires_grad_(False).fill_(-1)
+    labels = torch.tensor([0, 1, 0, 1])
+    found = criterion(context(model, x, labels))
+    if isinstance(criterion, Pls):
+        assert found == pytest.approx(criterion(context(any_size, x, labels)))
+    assert all(np.isfinite(list(found.values())))
 
 
 def test_no_activation_function() -> None:
