@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import re
@@ -638,7 +639,7 @@ class TestCommand:
         assert why in err
         assert not (tmp_path / "report").exists()
 
-    def test_a_report_that_cannot_be_written(
+    def test_a_folder_where_a_file_of_the_report_belongs(
         self, cli: Cli, run: RunRecord, tmp_path: Path
     ) -> None:
         (tmp_path / "results.json").write_text(run.to_json(), encoding="utf-8")
@@ -646,8 +647,22 @@ class TestCommand:
         in_the_way.mkdir(parents=True)
         code, out, err = cli(tmp_path)
         assert (code, out) == (1, "")
-        assert err.startswith(f"error: {tmp_path / 'report'} cannot be written to: ")
+        assert err.startswith(f"error: {in_the_way} is a folder, ")
         assert [*(tmp_path / "report").iterdir()] == [in_the_way]
+
+    def test_a_report_that_cannot_be_written(
+        self, cli: Cli, run: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "results.json").write_text(run.to_json(), encoding="utf-8")
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.replace", full)
+        code, out, err = cli(tmp_path)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {tmp_path / 'report'} cannot be written to: ")
+        assert not (tmp_path / "report").exists()
 
     def test_a_run_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(BlockpruneError, match=r"does not exist\. Give the folder"):

@@ -20,7 +20,7 @@ from blockprune.errors import BlockpruneError, TraceError, VerificationError
 from blockprune.surgery import record_of, remove
 from blockprune.tracing import copy_graph
 
-INPUTS = torch.rand(3, 6)
+INPUTS = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
 Damage = Callable[[fx.Graph], None]
 
 
@@ -317,8 +317,10 @@ class TestRounding:
         with pytest.raises(VerificationError):
             cut(model)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("factor", [1.01, 1.002])
+    # More than half a unit in the last place, and less than what four are.
+    @pytest.mark.parametrize(
+        ("dtype", "factor"), [(torch.bfloat16, 1.01), (torch.float16, 1.01), (torch.float16, 1.002)]
+    )
     def test_half_precision_hides_nothing(
         self, damaged: Callable[[Damage], None], dtype: torch.dtype, factor: float
     ) -> None:
