@@ -29,7 +29,7 @@ from blockprune.tracing import trace_model
 from blockprune.tracing.advice import advice
 
 # The command line prints warnings; that it prints the right ones is asserted on stderr.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("default", "ignore::DeprecationWarning")
 
 RESNET20 = "blockprune:resnet20"
 BLOCK_MACS = 4_718_592

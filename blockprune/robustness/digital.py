@@ -93,7 +93,9 @@ def _affine_places(images: Array, reach: float, draws: Draws) -> tuple[Array, Ar
     corners = np.array([[arm, arm], [arm, -arm], [-arm, -arm]], dtype=np.float64) + centre
     gone = corners + draws.uniform(3, 2, low=-reach, high=reach)
     ones = np.ones((len(images), 3, 1))
-    back = np.linalg.solve(np.concatenate([gone, ones], axis=2), corners)
+    # Before numpy 2 a stack of matrices is not solved for one matrix.
+    wanted = np.broadcast_to(corners, gone.shape)
+    back = np.linalg.solve(np.concatenate([gone, ones], axis=2), wanted)
     rows, columns = np.indices(images.shape[2:]).astype(np.float64)
     row, column, shift = (back[:, k, :, None, None] for k in range(3))
     places = row * rows + column * columns + shift
