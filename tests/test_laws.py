@@ -343,7 +343,7 @@ def test_state_dict_is_a_subset_of_the_dense_one(entry: Entry) -> None:
             assert torch.equal(tensor, dense[key]), key
             assert tensor.dtype == dense[key].dtype
         # A dense checkpoint loads into the ticket, less what was removed.
-        copy.deepcopy(ticket).load_state_dict({k: dense[k] for k in state}, strict=True)
+        ticket.load_state_dict({k: dense[k] for k in state}, strict=True)
 
 
 @every_net
