@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from blockprune.tracing import Region, TensorFact, expect_condition, holds_tensor
+from blockprune.tracing import GUARDS, Region, TensorFact, holds_tensor
 
 __all__ = ["Flow", "input_of"]
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
-_ASSERTIONS = frozenset({torch._assert, torch._assert_async, expect_condition})
 _RESHAPES = frozenset({"flatten", "reshape", "unflatten", "view", torch.flatten, torch.reshape})
 _CAST_METHODS = frozenset({"to", "float", "double", "half", "bfloat16", "type_as"})
 
@@ -283,7 +282,7 @@ class Flow:
         checks: set[fx.Node] = set()
         for node in reversed(self.nodes):
             readers = self.readers[node]
-            is_assertion = node.op == "call_function" and node.target in _ASSERTIONS
+            is_assertion = node.op == "call_function" and node.target in GUARDS
             serves_only_them = bool(readers) and checks.issuperset(readers)
             if is_assertion or (serves_only_them and node.op != "placeholder"):
                 checks.add(node)

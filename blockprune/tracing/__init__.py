@@ -1,9 +1,8 @@
-"""From a model to graphs: regions, shapes, aliases and names. The only user of `fx.Tracer`."""
+"""From a model to graphs: regions, shapes, aliases and names. See `regions`."""
 
 from __future__ import annotations
 
 from blockprune.tracing.calls import Call, as_call, copy_of_state, refused
-from blockprune.tracing.conditions import expect_condition
 from blockprune.tracing.copying import (
     aliased_copy,
     copy_graph,
@@ -12,12 +11,14 @@ from blockprune.tracing.copying import (
     structural_copy,
 )
 from blockprune.tracing.facts import Facts
+from blockprune.tracing.guards import GUARDS
 from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.regions import NOT_EXECUTED, LeafModules, Region, TracedModel, trace_model
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
 __all__ = [
+    "GUARDS",
     "NOT_EXECUTED",
     "Call",
     "CallInterpreter",
@@ -34,7 +35,6 @@ __all__ = [
     "copy_graph",
     "copy_model",
     "copy_of_state",
-    "expect_condition",
     "holds_tensor",
     "isolated",
     "map_tensors",

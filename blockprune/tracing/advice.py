@@ -18,12 +18,12 @@ _ADVICE = (
     ),
     (r"^asked for by leaf_modules", "Leave it out of leaf_modules to have it looked into."),
     (
-        r"^called with different constant",
+        r"^called with different constant|^does something else at another place",
         "Call it with the same constants at every place: use one module for each constant, with "
         "the constant as an attribute.",
     ),
     (
-        r"^its graph does not do what it does",
+        r"^replacing this module by its graph",
         "Return from its forward what the code around it collects from the modules inside, with "
         "hooks for instance.",
     ),
@@ -37,11 +37,11 @@ _ADVICE = (
     ),
     (
         r"in train mode than in eval mode",
-        "Move what follows self.training into a module of its own, or build the model without that "
-        "part (an auxiliary head, for instance).",
+        "Move what follows self.training, or the number of samples, into a module of its own, or "
+        "build the model without that part (an auxiliary head, for instance).",
     ),
     (
-        r"grad or autocast mode",
+        r"autograd\.Function|autocast mode|goes by the autocast|grad mode",
         "Use no_grad or autocast around the call of the model, not in the forward (requires_grad "
         "freezes weights as well). Where it has to stay, or is in a torch.autograd.Function, "
         f"{_OWN_MODULE}.",
@@ -52,35 +52,34 @@ _ADVICE = (
         "forward with a function of torch, such as torch.zeros.",
     ),
     (
-        r"sets the attribute|item assignment",
-        "Make a new value in place of writing into this one: torch.where or torch.cat for items, a "
-        f"new output object for attributes. Otherwise {_OWN_MODULE}.",
+        r"sets the attribute|calls \w+ on a tensor",
+        "Make a new value in place of changing this one: torch.where or torch.cat for items, "
+        f"detach() for gradients. Otherwise {_OWN_MODULE}.",
     ),
     (
-        r"random generator",
-        "Draw with torch, such as torch.rand. Or name the module inside that draws in "
-        "leaf_modules: what is around it is then looked into.",
+        r"random generator|^changes ",
+        "Draw with torch, such as torch.rand, and keep state in buffers. Or name the module inside "
+        "that does it in leaf_modules: what is around it is then looked into.",
     ),
     (
         r"which a graph cannot hold",
-        "Return a tuple, a plain dictionary or a dataclass in its place.",
+        "Pass it as an argument, or return a tuple, a plain dictionary or a dataclass in its "
+        "place. A model that makes a cache does not with use_cache=False.",
     ),
     (
-        r"control flow",
+        r"reads numbers from a tensor",
         "Write the condition on an attribute of the module, or on an argument that is no tensor, "
-        "in place of the value or size of a tensor. Or pass example_inputs (--input-shape) that "
-        f"take a way without it. Otherwise {_OWN_MODULE}.",
+        "in place of the numbers in a tensor. Or pass example_inputs (--input-shape) that take a "
+        f"way without it. Otherwise {_OWN_MODULE}.",
     ),
     (
-        r"iterated|iterable|'len' is not supported|argument after \*",
-        "Take the number of steps, or of sizes, from the module in place of the tensor: `for i in "
-        "range(self.n)`, `a, b, c = x.shape`. Where it loops over what another module of this list "
-        f"returns, begin with that one. Otherwise {_OWN_MODULE}.",
+        r"size|goes by the device|in another dtype",
+        "Take the number from an attribute of the module, in place of a tensor. "
+        f"Otherwise {_OWN_MODULE}.",
     ),
     (
-        r"integer|\bint\(\)|\bfloat\(\)|real number|indices must be",
-        "Take the number from an attribute of the module, in place of the value or size of a "
-        f"tensor. Otherwise {_OWN_MODULE}.",
+        r"activation checkpointing",
+        "Nothing is lost: the blocks inside are looked into one by one, and checkpointing stays.",
     ),
     (
         r"does not run on inputs",

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.node import has_side_effect
 
 from blockprune.errors import TraceError
 from blockprune.tracing.places import line_of, module_of
@@ -31,7 +30,6 @@ __all__ = [
     "bind",
     "constants_of",
     "copy_of_state",
-    "expect_constant",
     "is_constant",
     "refused",
 ]
@@ -65,14 +63,13 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """One parameter of a forward: traced as a placeholder, or bound to a constant.
+    """One parameter of a forward: an argument of the graph, which may be bound to a constant.
 
     Attributes:
         name, kind, default: as in the signature.
         value: what the call gives it, else the default.
         given: how the call gives it: "position", "keyword", or "" where it does not.
-        is_constant: whether the trace binds it to its value.
-        probe: a tensor that the forward is given in place of a proxy, to see what it does with one.
+        is_constant: whether the graph is bound to its value.
     """
 
     name: str
@@ -81,7 +78,6 @@ class Binding:
     default: Any
     given: str
     is_constant: bool
-    probe: Tensor | None = None
 
 
 def as_call(model: nn.Module, example_inputs: Any) -> Call:
@@ -190,23 +186,6 @@ def constants_of(bindings: list[Binding]) -> list[tuple[str, Any]]:
 def _known(value: Any) -> Any:
     """Return a constant as it is, and one placeholder for whatever is none."""
     return value if is_constant(value) else ...
-
-
-def expect_constant(name: str, value: Any, expected: Any) -> None:
-    """Refuse a call whose argument `name` is not the constant that the graph was traced with.
-
-    Raises:
-        TraceError: the value differs from the traced one.
-    """
-    if isinstance(value, Tensor) or not (value is expected or value == expected):
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-        raise TraceError(
-            f"this ticket was cut with {name}={expected!r} and only knows that case; got {found}. "
-            f"Cut it again with example_inputs that pass {name} as you call it here."
-        )
-
-
-has_side_effect(expect_constant)
 
 
 def _is_plain(value: Any) -> bool:

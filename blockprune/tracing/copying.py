@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +20,32 @@ from torch import Tensor, fx, nn
 from blockprune.errors import TraceError
 from blockprune.randomness import preserved_rng
 
-__all__ = ["aliased_copy", "copy_graph", "copy_model", "isolated", "structural_copy"]
+__all__ = [
+    "aliased_copy",
+    "copy_graph",
+    "copy_model",
+    "isolated",
+    "mark_as_writing",
+    "structural_copy",
+    "writes_weights",
+]
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_WRITING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules whose forward was seen to write into weights: their copies have weights of their own."""
+
+
+def mark_as_writing(model: nn.Module) -> None:
+    """Remember that the forward of `model`, or of a module inside, writes into its weights."""
+    for module in model.modules():
+        _WRITING.add(module)
+
+
+def writes_weights(model: nn.Module) -> bool:
+    """Whether the forward of `model` was seen to write into its weights."""
+    return model in _WRITING
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -32,13 +56,15 @@ def copy_model(model: nn.Module) -> nn.Module:
 def structural_copy(model: nn.Module) -> nn.Module:
     """Return a copy of `model` that shares its parameters and owns its buffers.
 
-    It costs next to no memory. User hooks are left behind, so that running the copy is seen by
+    It costs next to no memory. Where the forward was seen to write into weights, the copy has its
+    own. User hooks are left behind, so that running the copy is seen by
     nobody; hooks that torch itself defines (weight norm, spectral norm, pruning masks) compute
     weights, and stay.
     """
     memo = _detached_attributes(model)
-    for parameter in model.parameters():
-        memo[id(parameter)] = parameter
+    if not writes_weights(model):
+        for parameter in model.parameters():
+            memo[id(parameter)] = parameter
     for module in model.modules():
         for kind in _FORWARD_HOOKS:
             hooks = getattr(module, kind)
@@ -48,7 +74,10 @@ def structural_copy(model: nn.Module) -> nn.Module:
                     for key, hook in hooks.items()
                     if type(hook).__module__.startswith("torch.")
                 )
-    return _adopt_plain_tensors(_deepcopy(model, memo))
+    copied = _adopt_plain_tensors(_deepcopy(model, memo))
+    if writes_weights(model):
+        mark_as_writing(copied)
+    return copied
 
 
 def aliased_copy(model: nn.Module) -> nn.Module:
@@ -57,7 +86,7 @@ def aliased_copy(model: nn.Module) -> nn.Module:
     For those who differentiate and do not write: hooks on the parameters stay behind.
     """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
+    for parameter in () if writes_weights(model) else model.parameters():
         if type(parameter) is nn.Parameter:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     return copy.deepcopy(structural_copy(model), memo)
@@ -114,7 +143,8 @@ def _adopt_plain_tensors(model: nn.Module) -> nn.Module:
         if type(module).__module__.startswith("torch."):
             continue
         for name, value in list(module.__dict__.items()):
-            if isinstance(value, Tensor):
+            # A class's attribute of that name would hide a buffer.
+            if isinstance(value, Tensor) and not hasattr(type(module), name):
                 del module.__dict__[name]
                 module.register_buffer(name, value, persistent=False)
     return model

@@ -1,9 +1,8 @@
-"""What running a graph once tells of it: shapes, shared memory, and who writes into what.
+"""What runs have shown of the nodes of a graph: shapes, shared memory, and who writes into what.
 
-Nothing is guessed from names. The graph is interpreted under `FakeTensorMode` (no numbers, no
-memory), or with real tensors where an operation refuses; around every node the version counters of
-its arguments tell which of them it wrote into, and storages tell which values share memory.
-Both modes are run where they can differ: dropout hands its input through in eval mode only.
+Nothing is guessed from names. Around every operation the version counters of its arguments tell
+which of them it wrote into, and storages tell which values share memory. A recording knows all of
+it; a graph that came without one, a ticket to be cut further, is run node by node in both modes.
 """
 
 from __future__ import annotations
@@ -15,59 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call, refused
 from blockprune.tracing.copying import structural_copy
-from blockprune.tracing.interpreting import CallInterpreter, bound_values
+from blockprune.tracing.interpreting import CallInterpreter
 from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
 
 __all__ = ["Facts", "gather_facts"]
-
-_SAME_IN_BOTH_MODES = frozenset(
-    f"torch.nn.modules.{name}"
-    for name in (
-        "batchnorm",
-        "container",
-        "conv",
-        "flatten",
-        "fold",
-        "linear",
-        "normalization",
-        "padding",
-        "pixelshuffle",
-        "pooling",
-        "sparse",
-        "upsampling",
-    )
-)
-_PLAIN_ACTIVATIONS = (
-    nn.ELU,
-    nn.GELU,
-    nn.GLU,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.PReLU,
-    nn.ReLU,
-    nn.SELU,
-    nn.Sigmoid,
-    nn.SiLU,
-    nn.Softmax,
-    nn.Tanh,
-)
-
 
 @dataclasses.dataclass
 class Facts:
     """Facts of each node.
 
     Attributes:
-        values: what it computes, tensors as `TensorFact`s; of an argument that holds state (a
-            cache), that as the call found it.
+        values: what it computes, tensors as `TensorFact`s.
+        elsewhere: the same in further recordings, at another batch size for one.
         storages: the memory that its value lies in.
         written: the memory that it writes into.
         stand_ins: for an item of what a module returns that is None, or an argument of that module
@@ -75,75 +37,50 @@ class Facts:
     """
 
     values: dict[fx.Node, Any] = dataclasses.field(default_factory=dict)
+    elsewhere: dict[fx.Node, list[Any]] = dataclasses.field(default_factory=dict)
     storages: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
     written: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
     stand_ins: dict[fx.Node, fx.Node | None] = dataclasses.field(default_factory=dict)
 
 
 def gather_facts(graph: fx.Graph, module: nn.Module, call: Call) -> Facts:
-    """Run `graph` over a copy of `module` and return what was seen.
+    """Run a graph that is not of a recording (a ticket's), and return what was seen.
 
-    `call` may hold tensors, or `TensorFact`s to make them from.
+    Args:
+        graph: the graph.
+        module: what it fetches from.
+        call: arguments of the module; tensors as `TensorFact`s to make them from.
 
     Raises:
-        TraceError: the graph cannot be run on these inputs; quotes the error of the model.
+        TraceError: the graph cannot be run on these inputs; quotes its error.
     """
     facts = Facts()
     _observe(graph, module, call, facts, train=False)
-    if _depends_on_mode(graph, module):
-        # A forward may refuse these inputs in train mode (one value a channel in a normalisation);
-        # then eval mode's aliases are all there is, and the verification still has its say.
-        with contextlib.suppress(TraceError):
-            _observe(graph, module, call, facts, train=True)
+    # A forward may refuse these inputs in train mode (one value a channel in a normalisation);
+    # then eval mode's aliases are all there is, and the verification still has its say.
+    with contextlib.suppress(TraceError):
+        _observe(graph, module, call, facts, train=True)
     return facts
 
 
 def _observe(graph: fx.Graph, module: nn.Module, call: Call, facts: Facts, *, train: bool) -> None:
-    copy = structural_copy(module).train(train)
-    for layer in copy.modules():
-        # Batch statistics of a single value are refused in train mode; they alias nothing.
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
-    real = call.map(lambda fact: fact.example(), TensorFact)
+    observer = _Observer(structural_copy(module).train(train), graph, "train" if train else "eval")
     try:
-        # Real tensors inside an object cannot be copied under the fake mode.
-        own = real.map(lambda tensor: tensor)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            seen = _run(graph, copy, own.map(fake.from_tensor, copy_state=False), train)
-    except Exception:
-        # Data-dependent shapes, operations without a fake form: real numbers tell.
-        copy = structural_copy(module).train(train)
-        try:
-            seen = _run(graph, copy, real.map(lambda tensor: tensor.detach().clone()), train)
-        except Exception as error:
-            raise refused(module, call, error) from error
-    for name in ("storages", "written"):
-        known = getattr(facts, name)
-        for node, found in getattr(seen, name).items():
-            known[node] = known.get(node, frozenset()) | found
+        with torch.no_grad():
+            observer.run_call(call.map(lambda fact: fact.example(), TensorFact))
+    except Exception as error:
+        raise refused(module, call, error) from error
+    seen = observer.facts
+    for kept, found in ((facts.storages, seen.storages), (facts.written, seen.written)):
+        for node, memory in found.items():
+            kept[node] = kept.get(node, frozenset()) | memory
     facts.stand_ins = {
         node: value
         for node, value in seen.stand_ins.items()
         # What holds in one mode only is no fact of the graph.
         if not facts.values or facts.stand_ins.get(node, node) is value
     }
-    facts.values = facts.values or _as_found(seen.values, graph, call)
-
-
-def _as_found(values: dict[fx.Node, Any], graph: fx.Graph, call: Call) -> dict[fx.Node, Any]:
-    """Return the values with the arguments as they were: the run has written into its own."""
-    bound = bound_values(graph, call)
-    for node in values:
-        if node.op == "placeholder":
-            values[node] = map_tensors(bound[str(node.target)], TensorFact.of)
-    return values
-
-
-def _run(graph: fx.Graph, module: nn.Module, call: Call, train: bool) -> Facts:
-    observer = _Observer(module, graph, "train" if train else "eval")
-    with torch.no_grad():
-        observer.run_call(call)
-    return observer.facts
+    facts.values = facts.values or seen.values
 
 
 class _Observer(CallInterpreter):
@@ -189,15 +126,3 @@ class _Observer(CallInterpreter):
             self._held.append(storage)
             found.append((self.mode, int(storage._cdata)))
         return frozenset(found)
-
-
-def _depends_on_mode(graph: fx.Graph, module: nn.Module) -> bool:
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).split(".")[-1] == "training":
-            return True
-        if node.op == "call_module":
-            for layer in module.get_submodule(str(node.target)).modules():
-                kind = type(layer)
-                if kind.__module__ not in _SAME_IN_BOTH_MODES and kind not in _PLAIN_ACTIVATIONS:
-                    return True
-    return False

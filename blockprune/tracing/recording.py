@@ -1,67 +1,511 @@
-"""One eager run of a model, watched: what each module is called with, and which add tensors."""
+"""One run of a model, written down.
+
+The forward runs as it is, on real tensors. Every call of torch passes through a `TorchFunctionMode`
+and becomes a `Step`; every call of a module becomes an `Invocation`, which holds what was recorded
+within it. Tensors are known by identity, so Python sees tensors and nothing else: types, lengths,
+`match` and other libraries do what they do in any run. Sizes are numbers that remember how they
+were computed (`sizes`).
+
+What a graph cannot hold is not refused here. It is noted against the innermost module in whose
+forward it happened (`Recording.stopped`); who makes a graph of the recording calls that module and
+does not look into it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import enum
+import sys
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from blockprune.tracing.calls import Call, refused
-from blockprune.tracing.copying import structural_copy
+from blockprune.tracing.calls import Call
+from blockprune.tracing.places import user_line
+from blockprune.tracing.sizes import SIZES, plain, sized
+from blockprune.tracing.state import State
+from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
+from blockprune.tracing.weights import WritesWeights, weights_protected
 
-__all__ = ["record_calls"]
+__all__ = [
+    "Argument",
+    "Attribute",
+    "Built",
+    "Field",
+    "Invocation",
+    "Known",
+    "Recording",
+    "Step",
+    "is_operation",
+    "knowns",
+    "record",
+]
 
-_ADDITIONS = frozenset({"__add__", "__iadd__", "__radd__", "add", "add_"})
+Memory = frozenset[int]
+"""Storages, by numbers that no two of one recording share."""
 
 
-def record_calls(root: nn.Module, call: Call) -> tuple[dict[str, tuple[int, list[Call]]], set[str]]:
-    """Run `root` once in eval mode; return what is called with what, and where tensors are added.
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """Where a parameter or buffer comes from: its qualified name in the recorded model."""
 
-    That is each module's place in the order with its calls, and the modules in whose own code two
-    tensors of one shape were added.
+    name: str
 
-    The run is a real one: an object that is handed from module to module, such as a cache, then
-    holds real tensors, and each module's copy of it is as that module found it.
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """Where an argument of the recorded model comes from: its place in the call."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A key: the field of a dataclass."""
+
+    name: str
+
+
+Origin = tuple[Any, tuple[Any, ...]]
+"""A step, invocation, attribute or argument, and the keys that lead to an item of its value."""
+
+
+@dataclasses.dataclass(eq=False)
+class Known:
+    """A tensor, size, device or object of the run, and where it can be had from, oldest first.
+
+    Attributes:
+        fact: a `TensorFact`, a number, or the name of the class of an object.
+        memory: the storages that a tensor lies in.
+        active: whether it depends on an argument of the model.
+        same_as: what an invocation that returned one of its arguments was given.
     """
-    root = structural_copy(root).eval()
-    fresh = call.map(lambda tensor: tensor.detach().clone())
-    calls: dict[str, tuple[int, list[Call]]] = {}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, (len(calls), []))[1].append(Call(args, kwargs).described())
+    fact: Any = None
+    memory: Memory = frozenset()
+    origins: list[Origin] = dataclasses.field(default_factory=list)
+    active: bool = False
+    same_as: Known | None = None
 
-        return hook
 
-    adds = _Adds()
-    for name, module in root.named_modules():
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
-        module.register_forward_pre_hook(adds.enter(name))
-        module.register_forward_hook(adds.leave, always_call=True)
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """An object that is made anew by calling its class: a dataclass, an output of a library."""
+
+    kind: type
+    items: dict[str, Any]
+
+
+@dataclasses.dataclass(eq=False)
+class _Event:
+    """What a step and an invocation have in common; nested values hold `Known`s.
+
+    Attributes:
+        within: the invocation that it was recorded in.
+        result: what it returned.
+        written: the memory that it wrote into.
+    """
+
+    within: Invocation | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    result: Any = None
+    written: Memory = frozenset()
+
+
+@dataclasses.dataclass(eq=False)
+class Step(_Event):
+    """A call of a function.
+
+    Attributes:
+        kind: "call", "read" (of a dtype or device), "state" (of grad or autocast is asked for) or
+            "leave" (what `result` is goes out to Python).
+        func: the function, or the name of what is read.
+        text: for messages: what left the record.
+        line: of the user's code, where something left the record.
+        no_grad: whether it ran without gradients where the model around it has them.
+        merges: whether it adds two tensors of one shape that depend on the arguments.
+    """
+
+    kind: str = "call"
+    func: Any = None
+    text: str = ""
+    line: str = ""
+    no_grad: bool = False
+    merges: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Invocation(_Event):
+    """A call of a module.
+
+    Attributes:
+        path: of the module in the recorded model.
+        key: of the call, `path@k` for a repeated one.
+        kind: class of the module.
+        is_leaf: whether it is one operation whatever happens, and was not looked into.
+        call: the arguments as they were, tensors as `TensorFact`s.
+        events: what was recorded within, in order.
+        given: while it runs, the tensors among its arguments, and their versions.
+    """
+
+    path: str = ""
+    key: str = ""
+    kind: type[nn.Module] = nn.Module
+    is_leaf: bool = False
+    call: Call | None = None
+    events: list[Step | Invocation] = dataclasses.field(default_factory=list)
+    given: list[tuple[Tensor, int]] = dataclasses.field(default_factory=list)
+
+    def invocations(self) -> Iterator[Invocation]:
+        """Yield it, and all within."""
+        yield self
+        for event in self.events:
+            if isinstance(event, Invocation):
+                yield from event.invocations()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What one run of a model has shown.
+
+    Attributes:
+        top: the call of the model itself.
+        stopped: path of a module to what in its own forward a graph cannot hold.
+        reads: what was read of the surroundings: "dtype", "device", "grad", "autocast".
+        output: the tensors returned, where asked for.
+    """
+
+    top: Invocation
+    stopped: dict[str, str]
+    reads: frozenset[str]
+    output: list[Tensor]
+
+
+def record(
+    model: nn.Module,
+    call: Call,
+    *,
+    train: bool,
+    grad: bool = True,
+    sizes: bool = True,
+    leaves: frozenset[str] = frozenset(),
+    state: State | None = None,
+    keep_output: bool = False,
+    path: str = "",
+    replayed: Invocation | None = None,
+    shared: Collection[Tensor] = (),
+) -> Recording:
+    """Run `model`, a copy that may be written into, and return what it did.
+
+    Args:
+        model: its hooks are gone when this returns, and its mode is changed.
+        call: its arguments; tensors in it may be written into.
+        train, grad: the mode, and whether gradients are on.
+        sizes: whether sizes remember how they were computed; else a module that reads one is not
+            looked into.
+        leaves: paths of modules that are one operation.
+        state: what Python state to watch.
+        keep_output: whether to keep the tensors that are returned.
+        path: what the model is called, where it is part of another.
+        replayed: an earlier call of it, whose flags and Nones the leaves are given again.
+        shared: weights that are not the model's own.
+
+    Raises:
+        WritesWeights: before one of those is changed.
+    """
+    recorder = _Recorder(model.train(train), leaves, state, sizes, path, replayed)
     try:
-        with torch.no_grad(), adds:
-            root(*fresh.args, **fresh.kwargs)
-    except Exception as error:
-        raise refused(root, call, error) from error
-    return calls, adds.paths
+        with torch.set_grad_enabled(grad), recorder.watching(), weights_protected(shared):
+            recorder.shared = {id(tensor) for tensor in shared}
+            output = recorder.run(call)
+    finally:
+        recorder.close()
+    kept = [tensor.detach() for tensor in tensors_in(output)] if keep_output else []
+    return Recording(recorder.top, recorder.stopped, frozenset(recorder.reads), kept)
 
 
-class _Adds(TorchFunctionMode):
-    """Notes the modules in whose own code two tensors of one shape are added."""
+def is_operation(module: nn.Module) -> bool:
+    """Whether a module is one operation: called, and never looked into."""
+    if isinstance(module, fx.GraphModule | torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
+        return True
+    # A parametrized module has a class made for it, by torch.
+    kind = parametrize.type_before_parametrizations(module)
+    if parametrize.is_parametrized(module):
+        return True
+    if not kind.__module__.startswith(("torch.nn", "torch.ao")):
+        return False
+    if isinstance(module, nn.Sequential):
+        # An empty one is a way of writing the identity.
+        return False
+    # A torch.nn class that only arranges others (Sequential, TransformerEncoderLayer) is looked
+    # into; one with weights of its own (Conv2d, MultiheadAttention) is one operation.
+    return not module._modules or bool(module._parameters)
 
-    def __init__(self) -> None:
+
+# --- what a function is ---------------------------------------------------------------------------
+
+_ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+_DATA = frozenset(
+    {
+        "__array__",
+        "__bool__",
+        "__complex__",
+        "__contains__",
+        "__float__",
+        "__format__",
+        "__index__",
+        "__int__",
+        "__repr__",
+        "__str__",
+        "allclose",
+        "data_ptr",
+        "equal",
+        "is_nonzero",
+        "item",
+        "numpy",
+        "storage",
+        "tolist",
+        "untyped_storage",
+    }
+)
+"""Functions that hand numbers of a tensor, or its memory, to Python."""
+_CHANGES = frozenset(
+    {
+        "__delete__",
+        "__set__",
+        "backward",
+        "detach_",
+        "register_hook",
+        "requires_grad_",
+        "resize_",
+        "retain_grad",
+        "set_",
+    }
+)
+"""Methods that change more of a tensor than its numbers."""
+_ARGUMENTS_OF_TORCH = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type(Ellipsis),
+)
+_LAYOUTS = frozenset({"is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr"})
+_LISTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"})
+"""Functions that return as many tensors as a size says."""
+_RANK = frozenset({"dim", "ndim", "ndimension"})
+_TYPE_READS = {"is_cuda": "device", "device": "device", "dtype": "dtype", "type": "dtype"}
+_STATE_READERS = {
+    "is_grad_enabled": "grad",
+    "is_inference_mode_enabled": "grad",
+    "is_autocast_enabled": "autocast",
+    "is_autocast_cpu_enabled": "autocast",
+    "get_autocast_dtype": "autocast",
+    "get_autocast_gpu_dtype": "autocast",
+    "get_autocast_cpu_dtype": "autocast",
+}
+
+
+# As they are before a recorder stands in their place.
+_autocast_enabled = torch.is_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: frozenset[str],
+        state: State | None,
+        sizes: bool,
+        path: str,
+        replayed: Invocation | None,
+    ) -> None:
         super().__init__()
-        self.paths: set[str] = set()
-        self._open: list[str] = []
+        self.model, self.leaves, self.state, self.sizes = model, leaves, state, sizes
+        self.prefix = f"{path}." if path else ""
+        self.replayed = {} if replayed is None else {c.key: c for c in replayed.invocations()}
+        # The first of several names counts.
+        self.names: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.names.setdefault(id(tensor), self.prefix + name)
+        self.known: dict[int, Known] = {}
+        self.held: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.stopped: dict[str, str] = {}
+        self.reads: set[str] = set()
+        self.top = Invocation(None, path=path, kind=type(model))
+        self.open = [self.top]
+        self.calls: Counter[str] = Counter()
+        self.shared: set[int] = set()
+        self.in_leaf = 0
+        self.is_closed = False
+        self.no_grad: list[bool] = []
+        self.handles: list[Any] = []
 
-    def enter(self, path: str) -> Any:
-        return lambda module, args: self._open.append(path)
+    # --- the run --------------------------------------------------------------------------------
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._open.pop()
+    def run(self, call: Call) -> Any:
+        """Run the model on a call and return what it returns."""
+        args, kwargs = self._arguments(call)
+        top = self.top
+        top.call = call.described()
+        top.args, top.kwargs = self._encode(args), self._encode(kwargs)
+        self.autocast, self.grad = _autocast_state(), _grad_enabled()
+        self.saving = _saving_hooks()
+        for path, module in self.model.named_modules():
+            if path:
+                self._hook(self.prefix + path, module)
+        with self:
+            value = self.model(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                self._check_state()
+                top.result = self._encode(value)
+        return value
+
+    def close(self) -> None:
+        """Take the hooks off, and let go of everything that was held."""
+        self.is_closed = True
+        for handle in self.handles:
+            handle.remove()
+        self.held.clear()
+        self.known.clear()
+
+    def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def enter(value: Any, name: str) -> Any:
+            origin = Argument(name)
+            if type(value) in (int, float) and self.sizes:
+                known = Known(value, origins=[(origin, ())], active=True)
+                return sized(value, name, known, self)
+            self._enter(value, origin, ())
+            return value
+
+        args = tuple(enter(value, str(index)) for index, value in enumerate(call.args))
+        return args, {name: enter(value, name) for name, value in call.kwargs.items()}
+
+    def _enter(self, value: Any, origin: Argument, keys: tuple[Any, ...]) -> None:
+        """Make known what is in an argument: tensors, and objects that hold state."""
+        if isinstance(value, Tensor):
+            self._know(value, (origin, keys), active=True)
+        elif isinstance(value, tuple | list):
+            for index, item in enumerate(value):
+                self._enter(item, origin, (*keys, index))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self._enter(item, origin, (*keys, key))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                self._enter(getattr(value, field.name), origin, (*keys, Field(field.name)))
+        elif not isinstance(value, (*_ARGUMENTS_OF_TORCH, nn.Module)) and not callable(value):
+            self._know(value, (origin, keys), active=True)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note who asks torch for the grad or autocast state."""
+        thread, before = threading.get_ident(), {}
+        for name, what in _STATE_READERS.items():
+            reader = getattr(torch, name, None)
+            if reader is not None:
+                before[name] = reader
+                setattr(torch, name, self._noting(reader, what, thread))
+        try:
+            yield
+        finally:
+            for name, reader in before.items():
+                setattr(torch, name, reader)
+
+    def _noting(self, reader: Callable[..., Any], what: str, thread: int) -> Callable[..., Any]:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            asks = sys._getframe(1).f_globals.get("__name__", "")
+            if threading.get_ident() == thread and not self.in_leaf and not asks.startswith("torch"):
+                self.reads.add(what)
+                step = Step(self.open[-1], kind="state", func=what, line=user_line())
+                self.open[-1].events.append(step)
+            return reader(*args, **kwargs)
+
+        return read
+
+    # --- modules --------------------------------------------------------------------------------
+
+    def _hook(self, path: str, module: nn.Module) -> None:
+        leaf = path in self.leaves or is_operation(module)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.in_leaf:
+                self.in_leaf += 1
+                return None
+            with torch._C.DisableTorchFunction():
+                if _saving_hooks() != self.saving:
+                    self.stop("uses activation checkpointing")
+                self._check_state()
+                self._open(Invocation(self.open[-1], path=path, kind=type(module), is_leaf=leaf), args, kwargs)
+            if not leaf:
+                return None
+            self.in_leaf = 1
+            before = self.replayed.get(self.open[-1].key)
+            if before is not None:
+                return _replayed(plain(args), before.args), _replayed(plain(kwargs), before.kwargs)
+            return plain(args), plain(kwargs)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            if self.in_leaf > 1:
+                self.in_leaf -= 1
+                return None
+            self.in_leaf = 0
+            with torch._C.DisableTorchFunction():
+                self._check_state()
+                return self._close(self.open.pop(), output)
+
+        # Ours are the outermost, so that hooks of torch's (weight norm) belong to the call.
+        before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+        self.handles.append(before(module, enter, prepend=True, with_kwargs=True))
+        self.handles.append(after(module, leave, always_call=True))
+
+    def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count = self.calls[call.path]
+        self.calls[call.path] += 1
+        call.key = f"{call.path}@{count}" if count else call.path
+        call.args, call.kwargs = self._encode(args), self._encode(kwargs)
+        call.call = Call(plain(args), plain(kwargs)).described()
+        call.given = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
+        self.open[-1].events.append(call)
+        self.open.append(call)
+
+    def _close(self, call: Invocation, output: Any) -> Any:
+        call.written = self._memory([t for t, version in call.given if t._version != version])
+        given = {id(tensor) for tensor, _ in call.given}
+        call.given = []
+
+        def distinct(tensor: Tensor) -> Tensor:
+            # What a module hands through (dropout in eval mode) is its value all the same.
+            if id(tensor) not in given:
+                return tensor
+            other = _alias(tensor)
+            if other is not tensor:
+                self._know(other, None, same_as=self._lookup(tensor))
+            return other
+
+        output = map_tensors(output, distinct)
+        active = any(known.active for known in knowns((call.args, call.kwargs)))
+        self._result(call, output, active)
+        return output
+
+    # --- functions ------------------------------------------------------------------------------
 
     def __torch_function__(
         self,
@@ -70,8 +514,337 @@ class _Adds(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        shapes = [argument.shape for argument in args[:2] if isinstance(argument, Tensor)]
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _ADDITIONS and len(shapes) == 2 and shapes[0] == shapes[1] and self._open:
-            self.paths.add(self._open[-1])
-        return func(*args, **(kwargs or {}))
+        if name in _CHANGES and args and id(args[0]) in self.shared:
+            raise WritesWeights
+        if self.in_leaf or self.is_closed:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            self.no_grad.append(args[0])
+            return func(*args, **kwargs)
+        if name == "__get__":
+            return self._property(func, args[0])
+        if name in ("__set__", "__delete__"):
+            attribute = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
+            self.stop(f"sets the attribute {attribute!r} of a tensor")
+            return func(*args, **kwargs)
+        if name in ("size", "numel", "nelement", "stride", "__len__") and args:
+            return self._size(func, name, args, kwargs)
+        return self._call(func, name, args, kwargs)
+
+    def _property(self, func: Any, tensor: Tensor) -> Any:
+        name = str(func.__self__.__name__)
+        if name == "shape":
+            return self._size(torch.Tensor.size, "size", (tensor,), {})
+        value = func(tensor)
+        if isinstance(value, Tensor):
+            if value is not tensor:
+                step = self._step(getattr, (tensor, name), {})
+                self._result(step, value, self._lookup(tensor).active)
+            return value
+        if name in ("device", "dtype"):
+            self.reads.add(name)
+            step = Step(self.open[-1], (self._encode(tensor),), kind="read", func=name)
+            step.result, step.line = value, user_line()
+            self.open[-1].events.append(step)
+            if name == "device":
+                # torch makes an object of its own each time, by which it is known again.
+                step.result = self._know(value, (step, ()))
+            return value
+        if name == "requires_grad":
+            self.reads.add("grad")
+        elif name in ("grad", "grad_fn", "_version"):
+            self.stop(f"reads the attribute {name!r} of a tensor")
+        elif name in _RANK:
+            self._leave_rank(tensor)
+        elif name == "is_leaf":
+            self.reads.add("grad")
+        elif name in _LAYOUTS:
+            if any(isinstance(origin, Argument) for origin, _ in self._lookup(tensor).origins):
+                return self.leave(getattr, (tensor, name), value, f"{name} of a tensor")
+        elif isinstance(value, bool | int):
+            # is_cuda, is_sparse, itemsize: what it is now is all that the graph knows.
+            return self.leave(getattr, (tensor, name), value, f"{name} of a tensor")
+        return value
+
+    def _leave_rank(self, tensor: Tensor) -> None:
+        self.leave(torch.Tensor.dim, (tensor,), tensor.dim(), "the number of dimensions")
+
+    def _size(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[0]
+        value = func(*plain(args), **plain(kwargs))
+        known = self._lookup(tensor)
+        if any(isinstance(origin, Attribute) for origin, _ in known.origins):
+            return value
+        if not self.sizes:
+            self.stop("reads a size, and does not run on sizes that are followed")
+            return value
+        text = f"{self._text(known)}.{'shape' if name == 'size' else name}"
+        if name == "__len__":
+            return self.leave(len, (tensor,), value, f"len({self._text(known)})")
+        step = self._step(func, args, kwargs)
+        step.result = value
+        if isinstance(value, int):
+            where = f"[{plain(args[1])}]" if len(args) > 1 else ""
+            return self._sized(value, text + where, (step, ()))
+        items = [
+            self._sized(item, f"{text}[{index}]", (step, (index,)))
+            for index, item in enumerate(value)
+        ]
+        return torch.Size(items) if name == "size" else tuple(items)
+
+    def _call(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if name in _RANK and args:
+            self._leave_rank(args[0])
+            return func(*args, **kwargs)
+        if name in _CHANGES:
+            self.stop(f"calls {name} on a tensor")
+        if name in _DATA:
+            self.stop(f"reads numbers from a tensor ({name.strip('_')})")
+            return func(*plain(args), **plain(kwargs))
+        step = self._step(func, args, kwargs)
+        given = list(tensors_in((args, kwargs)))
+        versions = [t._version for t in given]
+        value = func(*plain(args), **plain(kwargs))
+        if _grad_enabled() != self.grad:
+            step.no_grad = True
+            if not self.no_grad or self.no_grad[-1] != _grad_enabled():
+                self.stop("runs a torch.autograd.Function, or changes the grad mode unseen")
+        if _autocast_state() != self.autocast:
+            self.stop("changes the autocast mode inside its forward")
+        if _saving_hooks() != self.saving:
+            self.stop("uses activation checkpointing")
+        step.written = self._memory(
+            [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        )
+        tensors = list(tensors_in(value))
+        if not tensors and isinstance(value, bool | int | float | str | torch.dtype):
+            self.open[-1].events.remove(step)
+            if name == "type":
+                self.reads.add("dtype")
+                self.stop("asks for the type of a tensor as text")
+                return value
+            # is_floating_point, is_contiguous, result_type: known without the numbers.
+            return self.leave(func, args, value, f"{name} of a tensor", kwargs)
+        if not tensors and value is not None:
+            self.stop(f"calls {name}, which returns a {type(value).__name__}")
+        own = {id(tensor) for tensor in given}
+        if not step.written and any(id(tensor) in own for tensor in tensors):
+            # What it hands through (dropout in eval mode) is its value all the same.
+            with torch._C.DisableTorchFunction():
+                value = map_tensors(value, lambda t: _alias(t) if id(t) in own else t)
+        active = any(known.active for known in knowns((step.args, step.kwargs)))
+        self._result(step, value, active)
+        if name in _LISTS and not any(isinstance(a, list | tuple) for a in args):
+            self.leave(len, (value,), len(value), f"the length of {name}")
+        operands = _operands(args, kwargs)
+        step.merges = (
+            name in _ADDS
+            and len(operands) == 2
+            and operands[0].shape == operands[1].shape
+            and all(self._lookup(operand).active for operand in operands)
+        )
+        return value
+
+    def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        step = Step(self.open[-1], self._encode(args), self._encode(kwargs), func=func)
+        self.open[-1].events.append(step)
+        return step
+
+    def _result(self, event: Step | Invocation, value: Any, active: bool) -> None:
+        """Make known what a step or an invocation has returned."""
+        def walk(item: Any, keys: tuple[Any, ...]) -> None:
+            if isinstance(item, Tensor):
+                self._know(item, (event, keys), active=active)
+            elif type(item) in SIZES:
+                item.known.origins.append((event, keys))
+            elif isinstance(item, tuple | list):
+                for index, part in enumerate(item):
+                    walk(part, (*keys, index))
+            elif isinstance(item, dict):
+                for key, part in item.items():
+                    walk(part, (*keys, key))
+            elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+                for field in dataclasses.fields(item):
+                    walk(getattr(item, field.name), (*keys, Field(field.name)))
+
+        walk(value, ())
+        event.result = self._encode(value)
+
+    # --- sizes ----------------------------------------------------------------------------------
+
+    def compute(self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str) -> Any:
+        if self.is_closed or self.in_leaf:
+            return value
+        step = Step(self.open[-1], self._encode(args), func=func, result=value)
+        self.open[-1].events.append(step)
+        return self._sized(value, text, (step, ()))
+
+    def _sized(self, value: Any, text: str, origin: Origin) -> Any:
+        return sized(value, text, Known(value, origins=[origin], active=True), self)
+
+    def leave(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        value: Any,
+        text: str,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self.is_closed or self.in_leaf:
+            return value
+        step = Step(self.open[-1], self._encode(args), self._encode(kwargs or {}), kind="leave")
+        step.func, step.result, step.text, step.line = func, value, text, user_line()
+        self.open[-1].events.append(step)
+        return value
+
+    # --- what is known --------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """Note what a graph of the module whose forward runs cannot hold."""
+        line = user_line()
+        self.stopped.setdefault(self.open[-1].path, reason + (f" (at {line})" if line else ""))
+
+    def _check_state(self) -> None:
+        for name in self.state.changed() if self.state is not None else ():
+            self.stop(f"changes {name} in its forward")
+
+    def _know(
+        self, value: Any, origin: Origin | None, active: bool = False, same_as: Known | None = None
+    ) -> Known:
+        known = self.known.get(id(value))
+        if known is None:
+            is_tensor = isinstance(value, Tensor)
+            fact = TensorFact.of(value) if is_tensor else type(value).__name__
+            known = self.known[id(value)] = Known(fact, self._memory(value))
+            self.held.append(value)
+        if origin is not None:
+            known.origins.append(origin)
+        known.active = known.active or active or (same_as is not None and same_as.active)
+        known.same_as = known.same_as or same_as
+        return known
+
+    def _lookup(self, tensor: Tensor) -> Known:
+        known = self.known.get(id(tensor))
+        if known is None:
+            name = self.names.get(id(tensor))
+            known = self._know(tensor, None if name is None else (Attribute(name), ()))
+            if name is None:
+                self.stop("uses a tensor that is neither an input, a parameter nor a buffer")
+        return known
+
+    def _text(self, known: Known) -> str:
+        for origin, keys in known.origins:
+            if isinstance(origin, Argument):
+                return origin.name + "".join(f"[{key!r}]" for key in keys)
+            if isinstance(origin, Invocation):
+                return f"({origin.path})"
+            if isinstance(origin, Step):
+                return f"({getattr(origin.func, '__name__', origin.func)})"
+        return "a tensor"
+
+    def _encode(self, value: Any) -> Any:
+        """Return a nested value with what is known in the place of tensors, sizes and objects."""
+        kind = type(value)
+        if isinstance(value, Tensor):
+            return self._lookup(value)
+        if kind in SIZES:
+            return value.known
+        if kind is torch.device or not isinstance(value, _ARGUMENTS_OF_TORCH):
+            found = self.known.get(id(value))
+            if found is not None:
+                return found
+        if kind is torch.Size:
+            return tuple(self._encode(item) for item in value)
+        if isinstance(value, tuple):
+            items = [self._encode(item) for item in value]
+            return kind(*items) if hasattr(value, "_fields") else tuple(items)
+        if kind is list:
+            return [self._encode(item) for item in value]
+        if kind is dict:
+            return {key: self._encode(item) for key, item in value.items()}
+        if kind is OrderedDict:
+            return Built(OrderedDict, {key: self._encode(item) for key, item in value.items()})
+        if kind is slice:
+            return slice(*map(self._encode, (value.start, value.stop, value.step)))
+        if isinstance(value, _ARGUMENTS_OF_TORCH):
+            return value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if isinstance(value, dict):
+                return Built(kind, {key: self._encode(item) for key, item in value.items()})
+            names = [field.name for field in dataclasses.fields(value) if field.init]
+            return Built(kind, {name: self._encode(getattr(value, name)) for name in names})
+        if isinstance(value, type | enum.Enum):
+            return value
+        return self._know(value, None)
+
+    def _memory(self, values: Any) -> Memory:
+        found = set()
+        for tensor in tensors_in(values):
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                # Sparse and similar layouts share no memory that a view could reach.
+                continue
+            if storage._cdata not in self.numbers:
+                # An address may be used again once it is freed; holding on keeps them apart.
+                self.held.append(storage)
+                self.numbers[storage._cdata] = len(self.numbers)
+            found.add(self.numbers[storage._cdata])
+        return frozenset(found)
+
+
+def knowns(value: Any) -> Iterator[Known]:
+    """Yield the `Known`s in an encoded value."""
+    if isinstance(value, Known):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from knowns(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from knowns(item)
+    elif isinstance(value, Built):
+        yield from knowns(value.items)
+    elif isinstance(value, slice):
+        yield from knowns((value.start, value.stop, value.step))
+
+
+def _replayed(value: Any, before: Any) -> Any:
+    """Return arguments with each flag and None that they had before."""
+    if before is None or type(before) is bool:
+        return before
+    if isinstance(value, tuple | list) and isinstance(before, tuple | list):
+        return type(value)(_replayed(a, b) for a, b in zip(value, before, strict=False))
+    if type(value) is dict and type(before) is dict:
+        return {key: _replayed(item, before.get(key, item)) for key, item in value.items()}
+    return value
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:2]
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return another tensor of the same memory, gradient included."""
+    try:
+        return torch.ops.aten.alias.default(tensor)
+    except (NotImplementedError, RuntimeError):
+        # Sparse and similar layouts have no views.
+        return tensor
+
+
+def _autocast_state() -> tuple[bool, ...]:
+    return _autocast_enabled("cpu"), _autocast_enabled("cuda")
+
+
+def _saving_hooks() -> Any:
+    """Return the hooks under which autograd saves tensors: those of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _is_plain_enum(value: Any) -> bool:
+    return isinstance(value, enum.Enum)

@@ -1,14 +1,13 @@
-"""From a model to its traced regions.
+"""From a model to its regions: the modules that recordings of it could make graphs of.
 
-The whole model is one region where its root traces. Where it does not, and inside every leaf that
-a trace had to make, each child that is called is tried as a region of its own; what remains is
-reported as opaque, with the reason. A region's inputs are those of one eager forward.
+The whole model is one region where its own forward can be held by a graph. Where it cannot, and
+inside every module that a graph has to call, each child is tried as a region of its own, from the
+same recordings; what remains is reported as opaque, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Container, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,16 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blockprune.errors import TraceError, close_names
+from blockprune.errors import TraceError, close_names, raise_if_out_of_memory
 from blockprune.randomness import seed_rng
-from blockprune.tracing.calls import Call, as_call, bind, constants_of, refused
-from blockprune.tracing.constants import trace_with_arguments
-from blockprune.tracing.copying import copy_graph, isolated, structural_copy
+from blockprune.tracing.agreed import Agreement
+from blockprune.tracing.calls import Call, as_call, refused
+from blockprune.tracing.copying import (
+    copy_graph,
+    isolated,
+    mark_as_writing,
+    structural_copy,
+    writes_weights,
+)
 from blockprune.tracing.facts import Facts, gather_facts
-from blockprune.tracing.modes import trace_both_modes
+from blockprune.tracing.graphs import drop_unused
 from blockprune.tracing.placing import Followed, assemble
-from blockprune.tracing.recording import record_calls
-from blockprune.tracing.tracer import Leaves
+from blockprune.tracing.runs import Runs
 from blockprune.tracing.values import tensors_in
 
 __all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"]
@@ -33,12 +37,9 @@ __all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"
 LeafModules = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 """Modules that are not to be looked into: classes, names of classes, patterns of names."""
 
-_STRAY = "its graph does not do what it does where it is: it looks at types, or is looked into"
+_STRAY = "replacing this module by its graph changes the output of the model around it"
+_OPERATION = "it has no modules inside and no merge: it is called as it is"
 NOT_EXECUTED = "not executed by the example inputs"
-
-_PURE_FUNCTIONS = frozenset({getattr, len, operator.getitem})
-_PURE_METHODS = frozenset({"dim", "numel", "size", "stride"})
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
@@ -120,18 +121,20 @@ def trace_model(
     leaf_modules = [leaf_modules] if isinstance(leaf_modules, str | type) else list(leaf_modules)
     asked = _modules_asked_for(model, leaf_modules)
     with isolated():
-        expected = _eager_output(model, call)
         walk = _Walk(structural_copy(model), call, asked)
         if preserve_root:
             walk.descend("", ())
         else:
-            walk.attempt("", call, ())
-        walk.give_up_strays(expected)
+            walk.attempt("", ())
+        walk.give_up_strays()
         walk.note_unused()
-        may_merge = walk.opaque_with_merges()
+    if writes_weights(walk.root):
+        mark_as_writing(model)
     regions = sorted(walk.regions, key=lambda region: region.order)
     names = tuple(entry if isinstance(entry, str) else entry.__name__ for entry in leaf_modules)
-    return TracedModel(walk.root, call, tuple(regions), walk.opaque, may_merge, names)
+    return TracedModel(
+        walk.root, call, tuple(regions), walk.opaque, walk.opaque_with_merges(), names
+    )
 
 
 def _modules_asked_for(
@@ -160,18 +163,6 @@ def _is_meant(entry: str | type[nn.Module], path: str, module: nn.Module) -> boo
     return fnmatchcase(path, entry) or type(module).__name__ == entry
 
 
-def _eager_output(model: nn.Module, call: Call) -> list[Tensor]:
-    """Run the model once for real, since fake tensors let some wrong inputs pass.
-
-    Raises:
-        TraceError: quotes what the model says of the inputs.
-    """
-    try:
-        return _output(structural_copy(model), call)
-    except Exception as error:
-        raise refused(model, call, error) from error
-
-
 def _output(model: nn.Module, call: Call) -> list[Tensor]:
     """Return the tensors that a copy of a model, which is put in eval mode, returns."""
     inputs = call.map(lambda tensor: tensor.detach().clone())
@@ -185,54 +176,63 @@ class _Walk:
 
     def __init__(self, root: nn.Module, call: Call, asked: dict[str, str]) -> None:
         self.root = root
-        self.call = call
         self.asked = asked
+        self.runs = Runs(root, call, frozenset(asked))
         self.regions: list[Region] = []
         self.opaque: dict[str, str] = {}
+        self.called = {
+            path: _OPERATION
+            for path, module in root.named_modules()
+            if path not in self.runs.merging and _is_small(module)
+        }
+        for run in (self.runs.main, *self.runs.always()):
+            self.called |= run.recording.stopped
         self._visited: set[int] = set()
-        self._calls: dict[str, tuple[int, list[Call]]] | None = None
-        self._adding: set[str] = set()
 
-    def attempt(self, path: str, call: Call, order: tuple[int, ...]) -> None:
+    def attempt(self, path: str, order: tuple[int, ...]) -> None:
         """Make a region of the module at `path`, or report it as opaque and look into it."""
         module = self.root.get_submodule(path)
-        outer = f"{path}." if path else ""
-        leaves = Leaves(
-            {p.removeprefix(outer): why for p, why in self.asked.items() if p.startswith(outer)}
-        )
         try:
-            graph = _graph_of(module, path, call, leaves)
+            if isinstance(module, fx.GraphModule):
+                # Already a graph (a ticket, say): it knows its owners and its modes.
+                graph, _ = copy_graph(module.graph)
+                facts = gather_facts(graph, module, self._call_of(path))
+                drop_unused(graph, facts)
+            elif self.called.get(path, _OPERATION) != _OPERATION:
+                raise TraceError(self.called[path])
+            else:
+                graph, facts = Agreement(self.runs, module, path, self.called).graph()
+                # The copy leaves behind what the graph was made with.
+                graph, facts = _copied(graph, facts)
         except TraceError as error:
             self.opaque[path] = str(error)
             self.descend(path, order)
             return
-        _drop_unused(graph)
-        facts = gather_facts(graph, module, call)
         self.regions.append(Region(path, module, graph, facts, order))
-        self._look_into_leaves(path, graph, leaves, order)
-
-    def _look_into_leaves(
-        self, path: str, graph: fx.Graph, leaves: Leaves, order: tuple[int, ...]
-    ) -> None:
-        region = self.root.get_submodule(path)
-        # A graph of before does not say why a module in it is called and not part of it.
-        is_followed = isinstance(region, fx.GraphModule)
         for index, node in enumerate(graph.nodes):
-            if node.op != "call_module":
-                continue
-            name = str(node.target)
-            module = region.get_submodule(name)
-            qualified = _joined(path, name)
-            if id(module) in self._visited:
-                continue
-            is_unknown = is_followed and _may_hold_blocks(module)
-            if isinstance(module, fx.GraphModule) or name in leaves.paths or is_unknown:
-                # Called with plain numbers, as a region of its own, it may well trace.
-                self._try_child(qualified, (*order, index))
-            elif type(module) in leaves.classes:
-                self._visited.add(id(module))
-                self.opaque[qualified] = leaves.classes[type(module)]
-                self.descend(qualified, (*order, index))
+            if node.op == "call_module":
+                self._look_into(_joined(path, str(node.target)), (*order, index))
+
+    def _look_into(self, path: str, order: tuple[int, ...]) -> None:
+        """Look for regions in a module that a graph calls."""
+        module = self.root.get_submodule(path)
+        if id(module) in self._visited or not _may_hold_blocks(module):
+            return
+        if isinstance(module, fx.GraphModule) or path in self.asked:
+            self._try_child(path, order)
+            return
+        self._visited.add(id(module))
+        if path in self.called:
+            if self.called[path] != _OPERATION:
+                self.opaque[path] = self.called[path]
+            self.descend(path, order)
+        elif path in self.runs.main.by_path:
+            self._try_child(path, order)
+
+    def _call_of(self, path: str) -> Call:
+        call = self.runs.main.by_path[path][0].call
+        assert call is not None
+        return call
 
     def descend(self, path: str, order: tuple[int, ...]) -> None:
         """Try the children of an opaque module as regions."""
@@ -240,22 +240,46 @@ class _Walk:
             if id(child) not in self._visited and _may_hold_blocks(child):
                 self._try_child(_joined(path, name), order)
 
-    def give_up_strays(self, expected: list[Tensor]) -> None:
+    def _try_child(self, path: str, order: tuple[int, ...]) -> None:
+        self._visited.add(id(self.root.get_submodule(path)))
+        by_path = self.runs.main.by_path
+        if path in self.asked:
+            self.opaque[path] = self.asked[path]
+        elif self.called.get(path) == _OPERATION:
+            return
+        elif path in by_path:
+            self.attempt(path, (*order, list(by_path).index(path)))
+        elif any(name.startswith(path + ".") for name in by_path):
+            # A ModuleList is never called, its elements are.
+            self.descend(path, order)
+        else:
+            self.opaque[path] = NOT_EXECUTED
+
+    def give_up_strays(self) -> None:
         """Undo regions whose graph, in the place of the module, changes what the model computes.
 
-        `expected` is what the model returns as it is.
-
-        A forward may ask for the type of what is a proxy in a trace, and a model may look into a
-        module while it runs, with hooks that collect what the layers inside return. Children of
-        such a region are tried instead.
+        Code around a region may look into it, with hooks that collect what the layers inside
+        return. Children of such a region are tried instead.
         """
-        while self.regions and not self._computes(self.regions, expected):
-            strays = [region for region in self.regions if not self._computes([region], expected)]
+        while any(region.path for region in self.regions) and not self._computes(self.regions):
+            strays = [region for region in self.regions if not self._computes([region])]
             strays = strays or self.regions
             self.regions = [region for region in self.regions if region not in strays]
             for region in strays:
                 self.opaque[region.path] = _STRAY
+                self.called[region.path] = _STRAY
                 self.descend(region.path, region.order)
+
+    def _computes(self, regions: list[Region]) -> bool:
+        """Whether the model returns what it does with graphs in the place of these regions."""
+        graphs = {region.path: region.graph for region in regions}
+        model = assemble(structural_copy(self.root), graphs, lambda path, m, g: Followed(m, g))
+        try:
+            return _agree(_output(model, self.runs.call), self.runs.expected)
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            # The code around a region may fail where it does not find what it looks for.
+            return False
 
     def note_unused(self) -> None:
         """Report modules that no region and no opaque module reads, and that could hold blocks."""
@@ -271,81 +295,38 @@ class _Walk:
                 self.opaque[path] = NOT_EXECUTED
                 read.add(path)
 
-    def _computes(self, regions: list[Region], expected: list[Tensor]) -> bool:
-        """Whether the model returns what is expected with graphs in the place of these regions."""
-        graphs = {region.path: region.graph for region in regions}
-        model = assemble(structural_copy(self.root), graphs, lambda path, m, g: Followed(m, g))
-        try:
-            return _agree(_output(model, self.call), expected)
-        except Exception:
-            # The code around a region may fail where it does not find what it looks for.
-            return False
-
     def opaque_with_merges(self) -> frozenset[str]:
         """Return the opaque modules in whose own code tensors of one shape were added."""
-        if not self.opaque:
-            return frozenset()
-        self._recorded_calls()
         known = {*self.opaque, *(region.path for region in self.regions)}
-        return frozenset(_innermost(path, known) for path in self._adding) & self.opaque.keys()
-
-    def _try_child(self, path: str, order: tuple[int, ...]) -> None:
-        self._visited.add(id(self.root.get_submodule(path)))
-        if path in self.asked:
-            self.opaque[path] = self.asked[path]
-            return
-        position, calls = self._recorded_calls().get(path, (0, []))
-        if not calls:
-            # A ModuleList is never called, its elements are.
-            if any(name.startswith(path + ".") for name in self._recorded_calls()):
-                self.descend(path, order)
-            else:
-                self.opaque[path] = NOT_EXECUTED
-            return
-        module = self.root.get_submodule(path)
-        try:
-            first, *others = (constants_of(bind(module, call)) for call in calls)
-            if any(other != first for other in others):
-                raise TraceError("called with different constant arguments at different places")
-            self.attempt(path, calls[0], (*order, position))
-        except TraceError as error:
-            self.opaque[path] = str(error)
-            self.descend(path, order)
-
-    def _recorded_calls(self) -> dict[str, tuple[int, list[Call]]]:
-        if self._calls is None:
-            self._calls, self._adding = record_calls(self.root, self.call)
-        return self._calls
+        found = (_innermost(path, known) for path in self.runs.merging)
+        return frozenset(found) & self.opaque.keys()
 
 
-def _graph_of(module: nn.Module, path: str, call: Call, leaves: Leaves) -> fx.Graph:
-    if isinstance(module, fx.GraphModule):
-        # Already a graph (a ticket, say): it knows its owners and its modes.
-        return copy_graph(module.graph)[0]
-    bindings = bind(module, call)
-    # A user calls the root as the example does; code around an inner region may vary its call.
-    trace = trace_with_arguments if path else trace_both_modes
-    try:
-        graph = trace(module, bindings, leaves, conditions=False)
-    except TraceError as error:
-        try:
-            graph = trace(module, bindings, leaves, conditions=True)
-        except TraceError:
-            raise error from None
-    # The copy leaves the tracer, and the modules it holds, behind.
-    return copy_graph(graph)[0]
+def _copied(graph: fx.Graph, facts: Facts) -> tuple[fx.Graph, Facts]:
+    """Return a copy of a graph with the facts of its nodes."""
+    copy, twins = copy_graph(graph)
+    twins[next(reversed(graph.nodes))] = next(reversed(copy.nodes))
+
+    def moved(values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        return {twins[node]: value for node, value in values.items() if node in twins}
+
+    stand_ins = {
+        twins[node]: None if value is None else twins[value]
+        for node, value in facts.stand_ins.items()
+        if node in twins
+    }
+    return copy, Facts(
+        moved(facts.values),
+        moved(facts.elsewhere),
+        moved(facts.storages),
+        moved(facts.written),
+        stand_ins,
+    )
 
 
-def _drop_unused(graph: fx.Graph) -> None:
-    """Erase pure nodes that nothing reads, such as the weights of `x, weights = attention(x)`."""
-    for node in reversed(graph.nodes):
-        is_pure = (
-            node.op == "get_attr"
-            or (node.op == "call_function" and node.target in _PURE_FUNCTIONS)
-            or (node.op == "call_method" and node.target in _PURE_METHODS)
-        )
-        if is_pure and not node.users:
-            graph.erase_node(node)
+def _is_small(module: nn.Module) -> bool:
+    """Whether a module of a user's has no modules inside."""
+    return not module._modules and not type(module).__module__.startswith("torch.nn")
 
 
 def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -1,0 +1,439 @@
+"""One graph of one module, from all recordings of its model.
+
+The recordings are put in lines and compared. What they differ in tells which modules are to be
+called and not looked into; a constant that follows the mode or a dtype becomes a reading of it.
+Where the forward of the module itself goes by something that the graph does not compute, a guard
+refuses what was not tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from blockprune.errors import TraceError, raise_if_out_of_memory
+from blockprune.tracing.agreement import (
+    Bound,
+    Line,
+    Lines,
+    Ref,
+    Unresolved,
+    Variation,
+    compare,
+    mapped,
+    replaced,
+)
+from blockprune.tracing.calls import Binding, Call, bind, constants_of
+from blockprune.tracing.facts import Facts
+from blockprune.tracing.graphs import Check, Finfo, Flag, graph_of
+from blockprune.tracing.guards import (
+    expect_device,
+    expect_distinct,
+    expect_dtype,
+    expect_rank,
+    expect_state,
+)
+from blockprune.tracing.places import module_of
+from blockprune.tracing.recording import Invocation, Known, Step
+from blockprune.tracing.runs import DTYPES, Run, Runs
+from blockprune.tracing.values import TensorFact
+
+__all__ = ["Agreement"]
+
+_FINFO = ("min", "max", "eps", "tiny", "smallest_normal")
+_MODE = "its forward does something else in train mode than in eval mode, or at another batch size"
+
+
+class Agreement:
+    """Makes the graph of the module at `path`.
+
+    Args:
+        runs: the recordings.
+        module: the module, in a copy that the graph fetches from.
+        path: its qualified name.
+        called: path to reason of the modules that are called and not looked into, as far as known;
+            more are added.
+    """
+
+    def __init__(
+        self, runs: Runs, module: nn.Module, path: str, called: dict[str, str]
+    ) -> None:
+        self.runs, self.module, self.path, self.called = runs, module, path, called
+        self.main = self._lines(runs.main, 0)
+        self.twins: list[tuple[Run, Lines, dict[int, int]]] = []
+        self.checks: dict[int, list[Check]] = {}
+        self.bound: dict[tuple[int, tuple[Any, ...]], Any] = {}
+        self.free: set[str] = set()
+
+    def graph(self) -> tuple[fx.Graph, Facts]:
+        """Return the graph, and the facts of its nodes.
+
+        Raises:
+            TraceError: says why the forward of the module itself has no graph.
+        """
+        while not self._settled():
+            self.main = self._lines(self.runs.main, 0)
+        others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
+        self._check_ranks()
+        for (number, (name, *where)), value in self.bound.items():
+            line = self.main.lines[number]
+            setattr(line, name, replaced(getattr(line, name), tuple(where), value))
+        bindings = [
+            dataclasses.replace(binding, is_constant=False) if binding.name in self.free else binding
+            for binding in self._bindings(self.main.top)
+        ]
+        return graph_of(self.main, bindings, self.checks, others)
+
+    def _settled(self) -> bool:
+        """Compare all recordings; whether no more modules have to be called."""
+        known = len(self.called)
+        self.twins, self.checks, self.bound, self.free = [], {}, {}, set()
+        self._prefer_calls()
+        if len(self.called) > known:
+            return False
+        for index in range(1, len(self.runs.main.by_path[self.path])):
+            self._compare_calls(index)
+        for run in self.runs.always():
+            explain = _flag if run.mode == "train" else _nothing
+            twins = self._agree(run, explain, _MODE)
+            if twins is None:
+                return False
+            self.twins.append(twins)
+        conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
+        for condition in conditions:
+            if not condition():
+                return False
+        return True
+
+    # --- lines ----------------------------------------------------------------------------------
+
+    def _lines(self, run: Run, index: int) -> Lines:
+        top = run.by_path[self.path][index]
+        bindings = self._bindings(top)
+        while True:
+            try:
+                return Lines(top, bindings, self.called)
+            except Unresolved as error:
+                self._call(error.path, str(error))
+
+    def _bindings(self, top: Invocation) -> list[Binding]:
+        return bind(self.module, Call(top.args, top.kwargs))
+
+    def _call(self, path: str, reason: str) -> None:
+        """Call the module at `path`, and do not look into it.
+
+        Raises:
+            TraceError: it is the module that the graph is to be of.
+        """
+        if path == self.path:
+            raise TraceError(reason)
+        self.called.setdefault(path, reason)
+
+    def _prefer_calls(self) -> None:
+        """Call modules in which a size leaves the record, where no merge is lost by it."""
+        for line in self.main.lines:
+            asks = line.kind == "guard" and line.event.func is not torch.Tensor.dim
+            if asks and self._can_be_called(line.path):
+                self.called[line.path] = f"its forward goes by a size (at {line.event.line})"
+
+    def _can_be_called(self, path: str) -> bool:
+        return path != self.path and path not in self.runs.merging and path not in self.called
+
+    def _compare_calls(self, index: int) -> None:
+        """Refuse a module that does something else at its other calls."""
+        other = self._lines(self.runs.main, index)
+        ours, theirs = self._bindings(self.main.top), self._bindings(other.top)
+        if constants_of(ours) != constants_of(theirs):
+            raise TraceError("called with different constant arguments at different places")
+        culprits, variations, _ = compare(self.main, other)
+        if culprits or variations:
+            raise TraceError("does something else at another place where it is called")
+
+    # --- agreement ------------------------------------------------------------------------------
+
+    def _agree(
+        self,
+        run: Run,
+        explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
+        reason: str,
+    ) -> tuple[Run, Lines, dict[int, int]] | None:
+        """Bind what varies in `run`; None where modules have to be called first.
+
+        Raises:
+            TraceError: the forward of the module itself differs.
+        """
+        culprits, twins, lines, bound = self._differences(run, explain)
+        for path, code in culprits.items():
+            self._call(path, f"{reason}{f' (at {code})' if code else ''}")
+        if culprits:
+            return None
+        self._bind(bound)
+        return run, lines, twins
+
+    def _differences(
+        self,
+        run: Run,
+        explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
+        *,
+        loose: bool = False,
+    ) -> tuple[dict[str, str], dict[int, int], Lines, list[tuple[Variation, Any]]]:
+        if not run.by_path.get(self.path):
+            raise TraceError("is not called as often in every run")
+        lines = self._lines(run, 0)
+        culprits, variations, twins = compare(self.main, lines, loose=loose)
+        bound = []
+        for variation in variations:
+            line = self.main.lines[variation.line]
+            value = explain(self.main, lines, twins, variation)
+            if value is None:
+                culprits.setdefault(line.path, _place(line))
+            else:
+                bound.append((variation, value))
+        return culprits, twins, lines, bound
+
+    def _bind(self, bound: Iterable[tuple[Variation, Any]]) -> None:
+        for variation, value in bound:
+            self.bound.setdefault((variation.line, variation.where), value)
+
+    def _tolerates(self, run: Run | None, *, loose: bool = False) -> bool | None:
+        """Whether another condition changes nothing; None where modules have to be called first."""
+        if run is None:
+            return False
+        try:
+            culprits, _, _, bound = self._differences(run, _dtype, loose=loose)
+        except TraceError:
+            return False
+        callable_ones = [path for path in culprits if self._can_be_called(path)]
+        for path in callable_ones:
+            self.called[path] = f"its forward does something else under {run.name}"
+        if callable_ones:
+            return None
+        if not culprits:
+            self._bind(bound)
+        return not culprits
+
+    # --- conditions -----------------------------------------------------------------------------
+
+    def _aliases(self) -> bool:
+        """Guard that equal arguments are not one tensor, where the forward would notice."""
+        run = None if self.path else self.runs.aliased()
+        if run is None:
+            return True
+        agrees = self._tolerates(run, loose=True)
+        if agrees is None:
+            return False
+        if not agrees:
+            tensors = [
+                (binding.name, Ref(Bound(binding.name)))
+                for binding in self._bindings(self.main.top)
+                if isinstance(binding.value, Known)
+            ]
+            for index, (name, value) in enumerate(tensors):
+                for other, twin in tensors[index + 1 :]:
+                    check = Check(expect_distinct, (name, other, value, twin))
+                    self.checks.setdefault(-1, []).append(check)
+        return True
+
+    def _states(self) -> bool:
+        """Guard the grad and autocast state, where the forward asks and goes by it."""
+        asked = [(i, line) for i, line in enumerate(self.main.lines) if line.kind == "state"]
+        for what, other in (
+            ("grad", self.runs.without_grad),
+            ("autocast", self.runs.under_autocast),
+        ):
+            reads = [(i, line) for i, line in asked if line.event.func == what]
+            if not reads and not (what == "grad" and self._reads_grad()):
+                continue
+            agrees = self._tolerates(other())
+            if agrees is None:
+                return False
+            if not agrees:
+                number, place = reads[0] if reads else (-1, None)
+                value = self.runs.grad if what == "grad" else False
+                code = "" if place is None else _place(place)
+                check = Check(expect_state, (what, value, code))
+                self.checks.setdefault(number, []).append(check)
+        return True
+
+    def _reads_grad(self) -> bool:
+        return "grad" in self.runs.main.recording.reads
+
+    def _dtypes(self) -> bool:
+        """Bind dtypes that are handed on; guard those that the forward goes by."""
+        reads = self._reads("dtype")
+        if not reads:
+            return True
+        own = {self.main.lines[i].event.result for i in reads}
+        good = set(own)
+        for dtype in DTYPES:
+            if dtype in own:
+                continue
+            agrees = self._tolerates(self.runs.in_dtype(dtype))
+            if agrees is None:
+                return False
+            if agrees:
+                good.add(dtype)
+        if self._tolerates(self.runs.under_autocast()) is None:
+            return False
+        handed_on = {ref.source for ref in _refs_of(self.bound.values())}
+        missing = [dtype for dtype in DTYPES if dtype not in good]
+        for number in reads:
+            line = self.main.lines[number]
+            if missing and number not in handed_on and line.event.result in DTYPES:
+                allowed = tuple(dtype for dtype in DTYPES if dtype in good)
+                check = Check(expect_dtype, (line.args[0], allowed, _place(line)))
+                self.checks.setdefault(number, []).append(check)
+        return True
+
+    def _devices(self) -> bool:
+        """Guard the kind of device, where the forward does more than to hand it on."""
+        given = [(line.args, line.kwargs) for line in self.main.lines]
+        handed_on = {ref.source for ref in _refs_of(given)}
+        found = [i for i in self._reads("device") if i not in handed_on]
+        preferred = [i for i in found if self._can_be_called(self.main.lines[i].path)]
+        for number in preferred:
+            line = self.main.lines[number]
+            self.called.setdefault(line.path, f"its forward goes by the device (at {_place(line)})")
+        if preferred:
+            return False
+        for number in found:
+            line = self.main.lines[number]
+            kind = line.event.args[0].fact.device.type
+            check = Check(expect_device, (line.args[0], kind, _place(line)))
+            self.checks.setdefault(number, []).append(check)
+        return True
+
+    def _constants(self) -> bool:
+        """Free the flags and Nones that a part of the model only hands on to modules it calls.
+
+        A user calls the root as the example does; code around an inner module may vary its call.
+        """
+        bindings = self._bindings(self.main.top) if self.path else []
+        for binding in bindings:
+            if binding.is_constant and isinstance(binding.value, bool | None):
+                if self._frees(binding) is None:
+                    return False
+        return True
+
+    def _frees(self, binding: Binding) -> bool | None:
+        """Whether an argument is only handed on; None where modules have to be called first."""
+        other: Any = torch.zeros(()) if binding.value is None else not binding.value
+        call, called = _with(self.main.top, binding, other), self.called
+        try:
+            run = self.runs.of_part(self.path, call, called, self.main.top)
+            culprits, _, _, bound = self._differences(run, _handed_on(binding))
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            inner = module_of(error)
+            culprits, bound = {f"{self.path}.{inner}" if inner else self.path: ""}, []
+        if not culprits:
+            self.free.add(binding.name)
+            self._bind(bound)
+            return True
+        callable_ones = [path for path in culprits if self._can_be_called(path)]
+        for path in callable_ones:
+            self.called[path] = f"its forward goes by the argument {binding.name!r}"
+        return None if callable_ones else False
+
+    def _reads(self, what: str) -> list[int]:
+        lines = enumerate(self.main.lines)
+        return [i for i, line in lines if line.kind == "read" and line.event.func == what]
+
+    def _check_ranks(self) -> None:
+        """Guard the ranks of the arguments, where a rank or a whole shape is asked for."""
+        if not any(_asks_for_rank(line) for line in self.main.lines):
+            return
+        for binding in self._bindings(self.main.top):
+            value = binding.value
+            if isinstance(value, Known) and isinstance(value.fact, TensorFact):
+                rank = len(value.fact.shape)
+                check = Check(expect_rank, (binding.name, Ref(Bound(binding.name)), rank))
+                self.checks.setdefault(-1, []).append(check)
+
+
+def _asks_for_rank(line: Line) -> bool:
+    event = line.event
+    if not isinstance(event, Step):
+        return False
+    whole = event.func is torch.Tensor.size and len(event.args) == 1 and not event.kwargs
+    return whole or event.func is torch.Tensor.dim
+
+
+def _place(line: Line) -> str:
+    return line.event.line if isinstance(line.event, Step) else ""
+
+
+def _refs_of(values: Iterable[Any]) -> list[Ref]:
+    found: list[Ref] = []
+
+    def note(item: Any) -> Any:
+        item = item.read if isinstance(item, Finfo) else item
+        if isinstance(item, Ref):
+            found.append(item)
+        return item
+
+    mapped(list(values), note)
+    return found
+
+
+def _with(top: Invocation, binding: Binding, value: Any) -> Call:
+    """Return a call with one argument changed, tensors as `TensorFact`s."""
+    assert top.call is not None
+    args, kwargs = list(top.call.args), dict(top.call.kwargs)
+    if binding.given == "position":
+        position = [i for i, item in enumerate(top.args) if item is binding.value]
+        args[position[0]] = value
+    else:
+        kwargs[binding.name] = value
+    return Call(tuple(args), kwargs)
+
+
+# --- what explains a constant that varies ---------------------------------------------------------
+
+
+def _nothing(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
+    return None
+
+
+def _flag(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
+    """A flag that is False in eval mode and True in train mode."""
+    if found.ours is False and found.theirs is True:
+        path = ours.lines[found.line].path
+        return Flag("" if path == ours.top.path else ours.relative(path))
+    return None
+
+
+def _handed_on(
+    binding: Binding,
+) -> Callable[[Lines, Lines, Mapping[int, int], Variation], Any]:
+    """Explain by an argument what a module that is called is given."""
+    argument = Ref(Bound(binding.name))
+
+    def explain(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
+        is_handed = ours.lines[found.line].kind == "module" and found.ours is binding.value
+        is_other = found.theirs == argument or found.theirs is (not binding.value)
+        return argument if is_handed and is_other else None
+
+    return explain
+
+
+def _dtype(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
+    """A dtype that was read before, or a number that follows from one."""
+    for number in range(found.line, -1, -1):
+        line = ours.lines[number]
+        if line.kind != "read" or line.event.func != "dtype" or number not in twins:
+            continue
+        pair = line.event.result, theirs.lines[twins[number]].event.result
+        if (found.ours, found.theirs) == pair:
+            return Ref(number)
+        if all(dtype.is_floating_point for dtype in pair):
+            for name in _FINFO:
+                numbers = [getattr(torch.finfo(dtype), name) for dtype in pair]
+                if [found.ours, found.theirs] == numbers:
+                    return Finfo(Ref(number), name)
+    return None
+

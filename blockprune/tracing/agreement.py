@@ -1,0 +1,373 @@
+"""What several recordings of one module agree on, line by line.
+
+`Lines` puts the events of an invocation in a row, with the modules that are called, and not looked
+into, as one line each. Two rows of lines are then compared. A constant that differs between them
+(a flag that follows the mode, a dtype) is a `Variation`, which the one who compares may explain;
+any other difference lies in the forward of the innermost module open at that line, which is then
+called as well, and the rows are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from blockprune.tracing.calls import Binding
+from blockprune.tracing.recording import Attribute, Built, Field, Invocation, Known, Step
+
+__all__ = [
+    "Bound",
+    "Line",
+    "Lines",
+    "Ref",
+    "Unresolved",
+    "Variation",
+    "compare",
+    "item_of",
+    "mapped",
+    "replaced",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """Where a line finds a value: the line that made it, an argument, or an attribute.
+
+    Attributes:
+        source: number of a line, `Bound` for an argument, name of an attribute.
+        keys: the way to an item of it.
+    """
+
+    source: int | str | Bound
+    keys: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """An argument of the module, by its name."""
+
+    name: str
+
+
+@dataclasses.dataclass(eq=False)
+class Line:
+    """One event, with `Ref`s in its arguments; or the beginning or end of what a module did.
+
+    Attributes:
+        kind: "call", "module", "guard", "read", "state", "enter" or "exit".
+        path: of the module whose forward it is in.
+        stack: key, path and class of each call around it.
+    """
+
+    kind: str
+    path: str
+    event: Step | Invocation
+    stack: tuple[tuple[str, str, type[nn.Module]], ...]
+    args: Any = ()
+    kwargs: Any = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variation:
+    """A constant in the arguments of a line that another recording has otherwise."""
+
+    line: int
+    where: tuple[Any, ...]
+    ours: Any
+    theirs: Any
+
+
+class Unresolved(Exception):
+    """A line uses a value that reaches it by no way that a graph has."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
+class Lines:
+    """The lines of one invocation, which becomes a graph.
+
+    Args:
+        top: the invocation.
+        bindings: its arguments, holding `Known`s.
+        called: whether the module at a path is called and not looked into.
+
+    Raises:
+        Unresolved: names the module that uses a value from elsewhere.
+    """
+
+    def __init__(
+        self, top: Invocation, bindings: Collection[Binding], called: Collection[str]
+    ) -> None:
+        self.top, self.called = top, called
+        self.lines: list[Line] = []
+        self.arguments = {binding.name: binding.value for binding in bindings}
+        self._attributes: dict[str, Known] = {}
+        self._number: dict[int, int] = {}
+        self._places: dict[int, Ref] = {}
+        self._prefix = f"{top.path}." if top.path else ""
+        for name, value in self.arguments.items():
+            for known, keys in _with_keys(value):
+                self._places.setdefault(id(known), Ref(Bound(name), keys))
+        self._walk(top, ())
+        self.result = self._refer(top.result, top.path)
+
+    def value(self, source: Any, keys: tuple[Any, ...] = ()) -> Any:
+        """Return the encoded value of what a `Ref` to this source and with these keys is."""
+        if isinstance(source, Bound):
+            return item_of(self.arguments[source.name], keys)
+        if isinstance(source, str):
+            return self._attributes.get(source)
+        return item_of(self.lines[source].event.result, keys)
+
+    def _walk(self, call: Invocation, stack: tuple[tuple[str, str, type[nn.Module]], ...]) -> None:
+        for event in call.events:
+            if isinstance(event, Step):
+                kind = "guard" if event.kind == "leave" else event.kind
+                self._add(Line(kind, call.path, event, stack))
+                continue
+            inside = (*stack, (self.relative(event.key), self.relative(event.path), event.kind))
+            if event.is_leaf or event.path in self.called:
+                self._add(Line("module", call.path, event, inside))
+            else:
+                self.lines.append(Line("enter", call.path, event, stack))
+                self._walk(event, inside)
+                self.lines.append(Line("exit", event.path, event, inside))
+
+    def span(self, number: int, path: str) -> tuple[int, int | None]:
+        """Return the first and the last line around a line of what the module at `path` did."""
+        start = number
+        while start and not self._begins(start, path):
+            start -= 1
+        rest = range(number, len(self.lines))
+        ends = (i for i in rest if self.lines[i].kind == "exit" and self.lines[i].path == path)
+        return start, next(ends, None)
+
+    def _begins(self, number: int, path: str) -> bool:
+        line = self.lines[number]
+        return (
+            line.kind == "enter"
+            and isinstance(line.event, Invocation)
+            and line.event.path == path
+        )
+
+    def relative(self, name: str) -> str:
+        """Return the name within the module of a qualified one."""
+        return name.removeprefix(self._prefix)
+
+    def _add(self, line: Line) -> None:
+        line.args = self._refer(line.event.args, line.path)
+        line.kwargs = self._refer(line.event.kwargs, line.path)
+        self._number[id(line.event)] = len(self.lines)
+        self.lines.append(line)
+
+    def _refer(self, value: Any, path: str) -> Any:
+        """Return an encoded value with a `Ref` for each `Known`."""
+
+        def refer(item: Any) -> Any:
+            if not isinstance(item, Known):
+                return item
+            found = self.find(item)
+            if found is None:
+                if isinstance(item.fact, str):
+                    raise Unresolved(path, f"uses a {item.fact}, which a graph cannot hold")
+                raise Unresolved(
+                    path, "uses a tensor that is neither an input, a parameter nor a buffer of it"
+                )
+            return found
+
+        return mapped(value, refer)
+
+    def find(self, known: Known) -> Ref | None:
+        """Return where a value can be had from at the end of the lines so far."""
+        return self.find_before(len(self.lines), known)
+
+    def find_before(self, line: int, known: Known) -> Ref | None:
+        """Return where a value can be had from in front of a line."""
+        for origin, keys in reversed(known.origins):
+            number = self._number.get(id(origin))
+            if number is not None and number < line:
+                return Ref(number, keys)
+        if id(known) in self._places:
+            return self._places[id(known)]
+        for origin, _ in known.origins:
+            if isinstance(origin, Attribute) and origin.name.startswith(self._prefix):
+                self._attributes[self.relative(origin.name)] = known
+                return Ref(self.relative(origin.name))
+        return None if known.same_as is None else self.find_before(line, known.same_as)
+
+
+def compare(
+    ours: Lines, theirs: Lines, *, loose: bool = False
+) -> tuple[dict[str, str], list[Variation], dict[int, int]]:
+    """Compare two recordings of one module.
+
+    `loose`: it does not matter which argument a line refers to.
+
+    Returns:
+        The modules whose own forward differs, with the line of code; the constants that differ; and
+        for each of our lines the number of theirs.
+    """
+    culprits: dict[str, str] = {}
+    variations: list[Variation] = []
+    twins: dict[int, int] = {}
+    doubtful: set[Any] = set(map(Bound, ours.arguments)) if loose else set()
+    top = ours.top.path
+    a = b = 0
+    while a < len(ours.lines) and b < len(theirs.lines):
+        one, other = ours.lines[a], theirs.lines[b]
+        twins[a] = b
+        if _label(one) == _label(other):
+            differences = list(_differences(one, other, twins, doubtful))
+            variations += [dataclasses.replace(v, line=a) for v in differences if v.where]
+            if all(v.where for v in differences):
+                a, b = a + 1, b + 1
+                continue
+        culprit = one.path
+        culprits.setdefault(culprit, _code(one) or _code(other))
+        start, end = ours.span(a, culprit)
+        _, their_end = theirs.span(b, culprit)
+        if culprit == top or end is None or their_end is None:
+            culprits.setdefault(top, _code(one) or _code(other))
+            return culprits, variations, twins
+        # What follows is compared as if the two had agreed in there.
+        doubtful.update(range(start, end + 1))
+        a, b = end, their_end
+    if (a < len(ours.lines)) != (b < len(theirs.lines)) or any(
+        _values_differ(ours.result, theirs.result, (), twins, doubtful)
+    ):
+        culprits.setdefault(top, "")
+    return culprits, variations, twins
+
+
+def _code(line: Line) -> str:
+    return line.event.line if isinstance(line.event, Step) else ""
+
+
+def _label(line: Line) -> Any:
+    event = line.event
+    if isinstance(event, Invocation):
+        return line.kind, event.path
+    return line.kind, line.path, event.func, event.no_grad
+
+
+def _described(one: Line, other: Line) -> str:
+    for line in (one, other):
+        if isinstance(line.event, Step) and line.event.line:
+            return f"(at {line.event.line})"
+    return ""
+
+
+def _differences(
+    one: Line, other: Line, twins: Mapping[int, int], doubtful: Collection[int]
+) -> Iterator[Variation]:
+    """Yield the constants that differ; one without a place where more does."""
+    for name in ("args", "kwargs"):
+        yield from _values_differ(
+            getattr(one, name), getattr(other, name), (name,), twins, doubtful
+        )
+    if one.kind == "guard" and one.event.result != other.event.result:
+        yield Variation(0, (), one.event.result, other.event.result)
+
+
+def _values_differ(
+    a: Any, b: Any, where: tuple[Any, ...], twins: Mapping[int, int], doubtful: Collection[int]
+) -> Iterator[Variation]:
+    if isinstance(a, Ref) or isinstance(b, Ref):
+        if not (isinstance(a, Ref) and isinstance(b, Ref)):
+            yield Variation(0, where, a, b)
+        elif a.source in doubtful:
+            return
+        elif isinstance(a.source, int):
+            if twins.get(a.source) != b.source or a.keys != b.keys:
+                yield Variation(0, (), a, b)
+        elif a != b:
+            yield Variation(0, (), a, b)
+        return
+    if type(a) is not type(b):
+        yield Variation(0, where, a, b)
+        return
+    parts = _parts(a)
+    if parts is None:
+        if not (a is b or a == b or (a != a and b != b)):
+            yield Variation(0, where, a, b)
+        return
+    ours, theirs = dict(parts), dict(_parts(b) or ())
+    if list(ours) != list(theirs):
+        yield Variation(0, (), a, b)
+        return
+    for key, item in ours.items():
+        yield from _values_differ(item, theirs[key], (*where, key), twins, doubtful)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+    """Return the items of a container with their keys, None for anything else."""
+    if isinstance(value, tuple | list):
+        return list(enumerate(value))
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, Built):
+        is_dict = issubclass(value.kind, dict)
+        return [(key if is_dict else Field(key), item) for key, item in value.items.items()]
+    if isinstance(value, slice):
+        return [(name, getattr(value, name)) for name in ("start", "stop", "step")]
+    return None
+
+
+def mapped(value: Any, change: Any) -> Any:
+    """Return an encoded value with `change` applied to whatever is no container."""
+    if isinstance(value, tuple):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, Built):
+        return Built(value.kind, mapped(value.items, change))
+    if isinstance(value, slice):
+        return slice(*(mapped(part, change) for part in (value.start, value.stop, value.step)))
+    return change(value)
+
+
+def item_of(value: Any, keys: tuple[Any, ...]) -> Any:
+    """Return the item of an encoded value that keys lead to."""
+    for key in keys:
+        if isinstance(value, Built):
+            value = value.items[key.name if isinstance(key, Field) else key]
+        else:
+            value = value[key]
+    return value
+
+
+def replaced(value: Any, where: tuple[Any, ...], new: Any) -> Any:
+    """Return a nested value with the item at `where` replaced."""
+    if not where:
+        return new
+    key, *rest = where
+    if isinstance(value, slice):
+        parts = {name: getattr(value, name) for name in ("start", "stop", "step")}
+        parts[key] = replaced(parts[key], tuple(rest), new)
+        return slice(*parts.values())
+    if isinstance(value, Built):
+        name = key.name if isinstance(key, Field) else key
+        return Built(value.kind, replaced(value.items, (name, *rest), new))
+    if isinstance(value, dict):
+        return {k: replaced(v, tuple(rest), new) if k == key else v for k, v in value.items()}
+    items = [replaced(v, tuple(rest), new) if i == key else v for i, v in enumerate(value)]
+    if isinstance(value, tuple):
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return items
+
+
+def _with_keys(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Known, tuple[Any, ...]]]:
+    if isinstance(value, Known):
+        yield value, keys
+        return
+    for key, item in _parts(value) or ():
+        yield from _with_keys(item, (*keys, key))
+

@@ -1,0 +1,334 @@
+"""From the lines that recordings agree on to a graph, with what is known of each node."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from types import MethodDescriptorType, WrapperDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from blockprune.errors import TraceError
+from blockprune.tracing.agreement import Bound, Line, Lines, Ref, mapped
+from blockprune.tracing.calls import Binding, is_constant
+from blockprune.tracing.facts import Facts
+from blockprune.tracing.guards import WithoutGrad, expect_constant, expect_size
+from blockprune.tracing.recording import Built, Field, Invocation, Known, Step, knowns
+from blockprune.tracing.sizes import same_size
+
+__all__ = ["Check", "Finfo", "Flag", "drop_unused", "graph_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """The `training` flag of a module, which `.train()` and `.eval()` set."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Finfo:
+    """A number that follows from the dtype read at a line, as `torch.finfo` gives it."""
+
+    read: Ref
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A guard that is no line: a function, and what it is given, with `Ref`s."""
+
+    func: Any
+    args: tuple[Any, ...]
+
+
+_PURE = frozenset({getattr, len, operator.getitem, "dim", "numel", "size", "stride"})
+_OPERATORS = {
+    "__getitem__": operator.getitem,
+    "__invert__": operator.invert,
+    "add": operator.add,
+    "div": operator.truediv,
+    "matmul": operator.matmul,
+    "mul": operator.mul,
+    "neg": operator.neg,
+    "sub": operator.sub,
+}
+
+
+_UNARY = frozenset({"__invert__", "neg"})
+
+
+def graph_of(
+    lines: Lines,
+    bindings: Sequence[Binding],
+    checks: Mapping[int, Sequence[Check]],
+    others: Sequence[tuple[str, Lines, Mapping[int, int]]],
+) -> tuple[fx.Graph, Facts]:
+    """Return the graph of `lines`, and facts from all recordings.
+
+    Args:
+        lines: the recording that counts.
+        bindings: the arguments.
+        checks: guards to put behind a line, by its number; -1 for the beginning.
+        others: mode, lines and twins of the further recordings that agree.
+
+    Raises:
+        TraceError: a graph cannot hold what the module returns, or how it is called.
+    """
+    return _Writer(lines, bindings, checks, others).write()
+
+
+class _Writer:
+    def __init__(
+        self,
+        lines: Lines,
+        bindings: Sequence[Binding],
+        checks: Mapping[int, Sequence[Check]],
+        others: Sequence[tuple[str, Lines, Mapping[int, int]]],
+    ) -> None:
+        self.lines, self.bindings, self.checks, self.others = lines, bindings, checks, others
+        self.graph = fx.Graph()
+        self.facts = Facts()
+        self.nodes: dict[tuple[Any, tuple[Any, ...]], fx.Node] = {}
+        self.line: Line | None = None
+        self.guarded: set[Any] = set()
+
+    def write(self) -> tuple[fx.Graph, Facts]:
+        with_default = False
+        for binding in self.bindings:
+            with_default = with_default or binding.default is not inspect.Parameter.empty
+            self._placeholder(binding, with_default)
+        self._write_checks(-1)
+        for number, line in enumerate(self.lines.lines):
+            self.line = line
+            if line.kind not in ("enter", "exit", "state"):
+                self._write_line(number, line)
+            self._write_checks(number)
+        self.line = None
+        output = self.graph.output(self._argument(self.lines.result))
+        self.facts.values[output] = mapped(self.lines.top.result, _fact)
+        drop_unused(self.graph, self.facts)
+        for node in self.graph.nodes:
+            for kept in (self.facts.storages, self.facts.written):
+                kept.setdefault(node, frozenset())
+        return self.graph, self.facts
+
+    # --- arguments ------------------------------------------------------------------------------
+
+    def _placeholder(self, binding: Binding, with_default: bool) -> None:
+        prefix = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(
+            binding.kind, ""
+        )
+        default: tuple[Any, ...] = ()
+        if not prefix:
+            if binding.default is not inspect.Parameter.empty:
+                default = (binding.default,)
+            elif with_default:
+                # A generated forward has no keyword-only marker, so order is all that counts.
+                raise TraceError(f"has a required keyword-only argument {binding.name!r}")
+        node = self.graph.create_node("placeholder", prefix + binding.name, default)
+        self.nodes[Bound(binding.name), ()] = node
+        self._note(node, Bound(binding.name))
+        if binding.is_constant:
+            self._guard(expect_constant, (binding.name, node, binding.value))
+            return
+        if prefix:
+            self._fix_parts(binding, node)
+
+    def _fix_parts(self, binding: Binding, node: fx.Node) -> None:
+        """Guard the number of arguments in `*args` or `**kwargs`, and the constants among them."""
+        count = self._derived(len, node)
+        star = "*" if binding.kind is inspect.Parameter.VAR_POSITIONAL else "**"
+        self._guard(expect_constant, (f"len({star}{binding.name})", count, len(binding.value)))
+        items = binding.value.items() if star == "**" else enumerate(binding.value)
+        for key, value in items:
+            if is_constant(value):
+                item = self._node(Bound(binding.name), (key,))
+                self._guard(expect_constant, (str(key), item, value))
+
+    def _guard(self, func: Any, args: tuple[Any, ...]) -> None:
+        self.facts.values[self._made("call_function", func, args)] = None
+
+    def _write_checks(self, number: int) -> None:
+        for check in self.checks.get(number, ()):
+            self._guard(check.func, self._argument(check.args))
+
+    # --- lines ----------------------------------------------------------------------------------
+
+    def _write_line(self, number: int, line: Line) -> None:
+        event = line.event
+        args, kwargs = self._argument(line.args), self._argument(line.kwargs)
+        if isinstance(event, Invocation):
+            node = self._made("call_module", self.lines.relative(event.path), args, kwargs)
+        elif line.kind == "read":
+            node = self._made("call_function", getattr, (args[0], event.func))
+        elif line.kind == "guard":
+            self._write_guard(event, args, kwargs)
+            return
+        else:
+            node = self._call(event, args, kwargs)
+        self.nodes[number, ()] = node
+        self._note(node, number)
+
+    def _write_guard(self, step: Step, args: Any, kwargs: Any) -> None:
+        if step.func is torch.Tensor.dim:
+            return  # known from the ranks of the arguments
+        key = (step.func, repr((args, kwargs)), step.result)
+        if key in self.guarded or not any(isinstance(a, fx.Node) for a in _flat((args, kwargs))):
+            return
+        self.guarded.add(key)
+        value = args[0] if step.func is same_size else self._call(step, args, kwargs)
+        self.facts.values.setdefault(value, step.result)
+        self._guard(expect_size, (step.text, value, step.result, step.line))
+
+    def _call(self, step: Step, args: Any, kwargs: Any) -> fx.Node:
+        func, name = step.func, getattr(step.func, "__name__", "")
+        if step.no_grad:
+            target = WithoutGrad(name if _is_method(func) else func)
+            return self._made("call_function", target, args, kwargs)
+        is_operator = name in _OPERATORS and func is getattr(Tensor, name, None)
+        if is_operator and not kwargs and len(args) == (1 if name in _UNARY else 2):
+            return self._made("call_function", _OPERATORS[name], args)
+        if name == "__setitem__":
+            return self._made("call_function", operator.setitem, args)
+        if _is_method(func):
+            return self._made("call_method", name, args, kwargs)
+        return self._made("call_function", func, args, kwargs)
+
+    def _made(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+        node = self.graph.create_node(op, target, tuple(args), dict(kwargs or {}))
+        if self.line is not None:
+            node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.line.stack}
+        return node
+
+    # --- values ---------------------------------------------------------------------------------
+
+    def _argument(self, value: Any) -> Any:
+        """Return an argument with nodes for what it refers to."""
+
+        def change(item: Any) -> Any:
+            if isinstance(item, Ref):
+                return self._node(item.source, item.keys)
+            if isinstance(item, Flag):
+                return self._read_attribute(f"{item.path}.training".lstrip("."))
+            if isinstance(item, Finfo):
+                dtype = self._node(item.read.source, item.read.keys)
+                return self._derived(getattr, self._derived(torch.finfo, dtype), item.name)
+            return item
+
+        return self._built(mapped(value, change))
+
+    def _built(self, value: Any) -> Any:
+        """Return an argument in which objects are made by nodes."""
+        if isinstance(value, Built):
+            items = {key: self._built(item) for key, item in value.items.items()}
+            if issubclass(value.kind, dict) and not dataclasses.is_dataclass(value.kind):
+                return self._derived(value.kind, list(items.items()))
+            node = self.graph.create_node("call_function", value.kind, (), items)
+            self.facts.values[node] = None
+            return node
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return tuple(self._built(item) for item in value)
+        if isinstance(value, list):
+            return [self._built(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._built(item) for key, item in value.items()}
+        return value
+
+    def _derived(self, func: Any, *args: Any) -> fx.Node:
+        node = self._made("call_function", func, args)
+        self.facts.values[node] = None
+        return node
+
+    def _node(self, source: Any, keys: tuple[Any, ...]) -> fx.Node:
+        if (source, keys) not in self.nodes:
+            if keys:
+                holder, key = self._node(source, keys[:-1]), keys[-1]
+                node = (
+                    self._made("call_function", getattr, (holder, key.name))
+                    if isinstance(key, Field)
+                    else self._made("call_function", operator.getitem, (holder, key))
+                )
+            else:
+                node = self._read_attribute(str(source))
+            self.nodes[source, keys] = node
+            self._note(node, source, keys)
+        return self.nodes[source, keys]
+
+    def _read_attribute(self, name: str) -> fx.Node:
+        node = self._made("get_attr", name)
+        self.facts.values[node] = None
+        return node
+
+    # --- facts ----------------------------------------------------------------------------------
+
+    def _note(self, node: fx.Node, source: Any, keys: tuple[Any, ...] = ()) -> None:
+        """Keep what the recordings have shown of the value that `node` stands for."""
+        facts, found = self.facts, self.lines.value(source, keys)
+        facts.values[node] = mapped(found, _fact)
+        facts.storages[node] = _tagged("eval", _memory(found))
+        event = self.lines.lines[source].event if isinstance(source, int) else None
+        facts.written[node] = _tagged("eval", event.written) if event and not keys else frozenset()
+        passed = [found]
+        for mode, lines, twins in self.others:
+            twin = twins[source] if isinstance(source, int) else source
+            other = lines.value(twin, keys)
+            passed.append(other)
+            facts.elsewhere.setdefault(node, []).append(mapped(other, _fact))
+            facts.storages[node] |= _tagged(mode, _memory(other))
+            if event and not keys:
+                written = lines.lines[twin].event.written
+                facts.written[node] |= _tagged(mode, written)
+        if isinstance(event, Invocation) and keys:
+            self._note_stand_in(node, source, passed)
+
+    def _note_stand_in(self, item: fx.Node, call: int, values: Sequence[Any]) -> None:
+        """Note an item of what a module returns that is its argument in every recording."""
+        if not all(isinstance(value, Known) and value.same_as is not None for value in values):
+            return
+        written = self.facts.written[self.nodes[call, ()]]
+        given = self.lines.find_before(call, values[0].same_as)
+        if given is not None and not written & self.facts.storages[item]:
+            self.facts.stand_ins[item] = self._node(given.source, given.keys)
+
+
+def _fact(value: Any) -> Any:
+    return value.fact if isinstance(value, Known) else value
+
+
+def _memory(value: Any) -> frozenset[int]:
+    return frozenset().union(*(known.memory for known in knowns(value)))
+
+
+def _tagged(mode: str, memory: frozenset[int]) -> frozenset[tuple[str, int]]:
+    return frozenset((mode, number) for number in memory)
+
+
+def _flat(value: Any) -> list[Any]:
+    found: list[Any] = []
+    mapped(value, found.append)
+    return found
+
+
+def _is_method(func: Any) -> bool:
+    """Whether a function is a method of tensors, to be called by its name."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__qualname__", "").partition(".")[0]
+    return hasattr(Tensor, name) and (
+        isinstance(func, MethodDescriptorType | WrapperDescriptorType)
+        or owner in ("Tensor", "TensorBase")
+    )
+
+
+def drop_unused(graph: fx.Graph, facts: Facts) -> None:
+    """Erase pure nodes that nothing reads, such as sizes that were only looked at."""
+    for node in reversed(graph.nodes):
+        is_number = type(facts.values.get(node)) in (int, float)
+        is_call = node.op in ("call_function", "call_method")
+        is_pure = node.op == "get_attr" or (is_call and (is_number or node.target in _PURE))
+        if is_pure and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,173 @@
+"""What a graph takes for granted, and refuses to go on without.
+
+A graph knows one way through a forward. Where that way was chosen by something that the graph does
+not compute, the graph holds a check, which raises a `TraceError` for a call that would have gone
+another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from blockprune.errors import TraceError
+
+__all__ = [
+    "GUARDS",
+    "WithoutGrad",
+    "expect_constant",
+    "expect_device",
+    "expect_distinct",
+    "expect_dtype",
+    "expect_rank",
+    "expect_size",
+    "expect_state",
+]
+
+
+def expect_constant(name: str, value: Any, expected: Any) -> None:
+    """Refuse a call whose argument `name` is not the constant that the graph was made with.
+
+    Raises:
+        TraceError: the value differs.
+    """
+    if isinstance(value, Tensor) or not (value is expected or value == expected):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise TraceError(
+            f"this ticket was cut with {name}={expected!r} and only knows that case; got {found}. "
+            f"Cut it again with example_inputs that pass {name} as you call it here."
+        )
+
+
+def expect_size(text: str, value: Any, expected: Any, line: str) -> None:
+    """Refuse a call for which a size, or what was asked of one, is not what it was.
+
+    Raises:
+        TraceError: it differs.
+    """
+    if value != expected:
+        raise TraceError(
+            f"this ticket was cut where {text} is {expected!r} and only knows that case; got "
+            f"{value!r}. The forward goes by it{f' at {line}' if line else ''}. Cut it again with "
+            "example_inputs like these."
+        )
+
+
+def expect_rank(name: str, value: Any, expected: int) -> None:
+    """Refuse a tensor of another number of dimensions than the graph was made with.
+
+    Raises:
+        TraceError: it has more or fewer.
+    """
+    if isinstance(value, Tensor) and value.dim() != expected:
+        raise TraceError(
+            f"this ticket was cut with {name} of {expected} dimensions and only knows that case; "
+            f"got one of shape {tuple(value.shape)}. Cut it again with example_inputs like these."
+        )
+
+
+def expect_dtype(value: Tensor, allowed: Collection[torch.dtype], line: str) -> None:
+    """Refuse a call in which a tensor is of a dtype that the graph was not tried with.
+
+    Raises:
+        TraceError: it is of another.
+    """
+    if value.dtype not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise TraceError(
+            f"this ticket was cut where a tensor is {names} and only knows that case; got "
+            f"{value.dtype}. The forward asks for it at {line}. Cut it again from a model, and "
+            "with example_inputs, of that dtype."
+        )
+
+
+def expect_device(value: Tensor, expected: str, line: str) -> None:
+    """Refuse a call on another kind of device than the graph was made on.
+
+    Raises:
+        TraceError: it is on another.
+    """
+    if value.device.type != expected:
+        raise TraceError(
+            f"this ticket was cut on {expected!r} and only knows that case; got a tensor on "
+            f"{value.device.type!r}. The forward asks for the device at {line}. Cut it again from "
+            "a model, and with example_inputs, on that device."
+        )
+
+
+def expect_state(what: str, expected: bool, line: str) -> None:
+    """Refuse a call under another grad or autocast state than the graph was made under.
+
+    Raises:
+        TraceError: it is another.
+    """
+    if what == "grad":
+        found = torch.is_grad_enabled()
+    else:
+        found = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if found is not expected:
+        raise TraceError(
+            f"this ticket was cut with {what} {'on' if expected else 'off'} and only knows that "
+            f"case. The forward asks for it at {line}. Call it the same way, or keep that module "
+            "as it is with leaf_modules."
+        )
+
+
+def expect_distinct(one: str, other: str, a: Any, b: Any) -> None:
+    """Refuse a call that passes one tensor for two arguments, where the forward tells them apart.
+
+    Raises:
+        TraceError: they are one.
+    """
+    if a is b and isinstance(a, Tensor):
+        raise TraceError(
+            f"this ticket was cut with two tensors as {one} and {other}, and its forward does "
+            "something else where they are one tensor. Pass a copy, or cut it again with "
+            "example_inputs that pass one."
+        )
+
+
+class WithoutGrad:
+    """A function, or the name of a method of tensors, that is called without gradients."""
+
+    __module__ = __name__
+
+    def __init__(self, func: Callable[..., Any] | str) -> None:
+        self.func = func
+        self.__name__ = "without_grad"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns."""
+        with torch.no_grad():
+            if isinstance(self.func, str):
+                return getattr(args[0], self.func)(*args[1:], **kwargs)
+            return self.func(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WithoutGrad) and other.func == self.func
+
+    def __hash__(self) -> int:
+        return hash(self.func)
+
+
+GUARDS = frozenset(
+    {
+        expect_constant,
+        expect_device,
+        expect_distinct,
+        expect_dtype,
+        expect_rank,
+        expect_size,
+        expect_state,
+        torch._assert,
+        torch._assert_async,
+    }
+)
+"""Functions that return nothing and keep nothing alive."""
+
+for _guard in GUARDS:
+    has_side_effect(_guard)

@@ -1,0 +1,278 @@
+"""The recordings of one model: under which conditions it is run, and what is put back after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.errors import raise_if_out_of_memory
+from blockprune.randomness import seed_rng
+from blockprune.tracing.calls import Call, refused
+from blockprune.tracing.copying import (
+    copy_model,
+    mark_as_writing,
+    structural_copy,
+    writes_weights,
+)
+from blockprune.tracing.recording import Invocation, Recording, Step, record
+from blockprune.tracing.state import State
+from blockprune.tracing.values import TensorFact, tensors_in
+from blockprune.tracing.weights import WritesWeights
+
+__all__ = ["Run", "Runs", "other_batch"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One recording.
+
+    Attributes:
+        name: of the condition: "eval", "train", "batch", "aliased", "no grad", "autocast" or a
+            dtype.
+        mode: "eval" or "train".
+        by_path: what was recorded of each module, by its path.
+    """
+
+    name: str
+    mode: str
+    recording: Recording
+    by_path: dict[str, list[Invocation]]
+
+
+class Runs:
+    """The recordings of `root`, each made when it is first asked for.
+
+    Args:
+        root: a structural copy of the model, which is copied again for each run.
+        call: the example inputs.
+        leaves: paths of modules that are one operation.
+
+    Raises:
+        TraceError: the model does not run on `call`; quotes what it says.
+    """
+
+    def __init__(self, root: nn.Module, call: Call, leaves: frozenset[str]) -> None:
+        self.root, self.call, self.leaves = root, call, leaves
+        self._made: dict[str, Run | None] = {}
+        self.grad = True
+        self.main = self._first()
+        self.merging = self._merging()
+
+    @property
+    def expected(self) -> list[Tensor]:
+        """The tensors that the model returns in eval mode."""
+        return self.main.recording.output
+
+    def always(self) -> Iterator[Run]:
+        """Yield the recordings that every graph has to agree with, the first one left out."""
+        wider = other_batch(self.call)
+        in_train = self._attempt("train", wider, train=True)
+        if in_train is None:
+            in_train = self._attempt("train alike", self.call, train=True)
+            yield from _present(self._attempt("batch", wider, train=False))
+        yield from _present(in_train)
+
+    def _merging(self) -> frozenset[str]:
+        """Return the paths of modules in whose own forward tensors of one shape are added."""
+        steps = (
+            event
+            for run in (self.main, *self.always())
+            for calls in run.by_path.values()
+            for call in calls
+            for event in call.events
+        )
+        return frozenset(
+            step.within.path
+            for step in steps
+            if isinstance(step, Step) and step.merges and step.within is not None
+        )
+
+    def aliased(self) -> Run | None:
+        """Return the recording in which equal tensors among the arguments are one."""
+        seen: dict[Any, Tensor] = {}
+
+        def unify(tensor: Tensor) -> Tensor:
+            return seen.setdefault((tensor.shape, tensor.dtype, tensor.device), tensor)
+
+        own = self.call.map(lambda tensor: tensor.detach().clone())
+        one = own.map(unify)
+        count = len({id(tensor) for tensor in tensors_in((one.args, one.kwargs))})
+        if count == len(list(tensors_in((own.args, own.kwargs)))):
+            return None
+        return self._attempt("aliased", one, train=False, as_it_is=True)
+
+    def without_grad(self) -> Run | None:
+        """Return the recording under the other grad state."""
+        return self._attempt("no grad", self.call, train=False, grad=not self.grad)
+
+    def under_autocast(self) -> Run | None:
+        """Return the recording under autocast, or without it where it is on."""
+        device = next((t.device.type for t in self.root.parameters()), "cpu")
+        is_on = torch.is_autocast_enabled(device)
+        with torch.autocast(device, torch.bfloat16, enabled=not is_on):
+            return self._attempt("autocast", self.call, train=False)
+
+    def in_dtype(self, dtype: torch.dtype) -> Run | None:
+        """Return the recording of the model and its inputs in another dtype."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return self._attempt(
+            str(dtype), self.call.map(cast), train=False, convert=lambda model: model.to(dtype)
+        )
+
+    def of_part(
+        self, path: str, call: Call, called: Collection[str], replayed: Invocation
+    ) -> Run:
+        """Return the recording of one module, called another way than the model around it does.
+
+        Raises:
+            Exception: what the module says of such a call.
+        """
+        model = structural_copy(self.root.get_submodule(path))
+        seed_rng(0)
+        found = record(
+            model,
+            call.map(lambda fact: fact.example(), TensorFact),
+            train=False,
+            grad=self.grad,
+            leaves=frozenset(called),
+            path=path,
+            replayed=replayed,
+        )
+        return Run("other arguments", "eval", found, _by_path(found))
+
+    # --- one run --------------------------------------------------------------------------------
+
+    def _first(self) -> Run:
+        """Record the model as it is called: with gradients where it can."""
+        failure: Exception | None = None
+        for self.grad, sizes in ((True, True), (False, True), (True, False), (False, False)):
+            try:
+                return self._run("eval", self.call, train=False, grad=self.grad, sizes=sizes)
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                failure = failure or error
+            try:
+                self._eager()
+            except Exception as error:
+                raise refused(self.root, self.call, error) from error
+        assert failure is not None
+        raise refused(self.root, self.call, failure) from failure
+
+    def _eager(self) -> None:
+        copy = structural_copy(self.root).eval()
+        given = self.call.map(lambda tensor: tensor.detach().clone())
+        seed_rng(0)
+        with torch.no_grad():
+            copy(*given.args, **given.kwargs)
+
+    def _attempt(self, name: str, call: Call | None, *, train: bool, **options: Any) -> Run | None:
+        """Return a recording, None where the model does not run that way."""
+        if call is None:
+            return None
+        if name not in self._made:
+            options.setdefault("grad", self.grad)
+            try:
+                self._made[name] = self._run(name, call, train=train, **options)
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                self._made[name] = None
+        return self._made[name]
+
+    def _run(
+        self,
+        name: str,
+        call: Call,
+        *,
+        train: bool,
+        grad: bool,
+        sizes: bool = True,
+        as_it_is: bool = False,
+        convert: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Run:
+        def once(only: frozenset[str] | None) -> tuple[Recording, list[str]]:
+            # A conversion writes into the parameters, so it gets some of its own.
+            model = convert(copy_model(self.root)) if convert else structural_copy(self.root)
+            given = call if as_it_is else call.map(lambda tensor: tensor.detach().clone())
+            seed_rng(0)
+            state = State(model, [*enumerate(given.args), *given.kwargs.items()], only)
+            is_own = convert is not None or writes_weights(self.root)
+            shared = [] if is_own else list(model.parameters())
+            try:
+                found = record(
+                    model,
+                    given,
+                    train=train,
+                    grad=grad,
+                    sizes=sizes,
+                    leaves=self.leaves,
+                    state=None if only is None else state,
+                    keep_output=name == "eval",
+                    shared=shared,
+                )
+                return found, state.changed()
+            finally:
+                state.restore()
+
+        try:
+            found, changed = once(None)
+        except WritesWeights:
+            mark_as_writing(self.root)
+            found, changed = once(None)
+        if changed:
+            # Once more, to see in whose forward.
+            found, _ = once(frozenset(changed))
+        return Run(name, "train" if train else "eval", found, _by_path(found))
+
+
+def _by_path(found: Recording) -> dict[str, list[Invocation]]:
+    by_path: dict[str, list[Invocation]] = {}
+    for invocation in found.top.invocations():
+        by_path.setdefault(invocation.path, []).append(invocation)
+    return by_path
+
+
+def _present(run: Run | None) -> Iterator[Run]:
+    if run is not None:
+        yield run
+
+
+def other_batch(call: Call) -> Call | None:
+    """Return a call with another number of samples, None where it shows none.
+
+    Samples lie along the first dimension of the tensors, or are items of a list.
+    """
+    tensors = [t for t in tensors_in((call.args, call.kwargs)) if t.dim()]
+    lists = [v for v in (*call.args, *call.kwargs.values()) if type(v) is list and v]
+    if lists:
+        count = len(lists[0])
+
+        def longer(value: Any) -> Any:
+            return [*value, value[-1]] if type(value) is list and len(value) == count else value
+
+        own = call.map(lambda tensor: tensor.detach().clone())
+        changed = {name: longer(value) for name, value in own.kwargs.items()}
+        return Call(tuple(map(longer, own.args)), changed).map(lambda tensor: tensor.clone())
+    if not tensors:
+        return None
+    count = tensors[0].shape[0]
+    if not count:
+        return None
+
+    def wider(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != count:
+            return tensor.detach().clone()
+        tensor = tensor.detach()
+        return tensor[:2].clone() if count > 2 else torch.cat([tensor, tensor[:1]])
+
+    return call.map(wider)
+
+
