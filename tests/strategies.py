@@ -188,7 +188,8 @@ def _defects(spec: Residual) -> frozenset[str]:
     found = {
         "scaled_shortcut": spec.shortcut == "scaled",
         "projection_shortcut": spec.shortcut == "projection",
-        "branch_escapes": spec.escapes,
+        # What lies behind the value that is read elsewhere can go.
+        "branch_escapes": spec.escapes and not _holds_parameters(spec.branch[1:]),
         # A clone is taken after the branch has run: it holds what was written.
         "mutates_shortcut": _writes_into_input(spec.branch),
         "no_parameters": not _holds_parameters(spec.branch),
@@ -215,6 +216,8 @@ def truth(spec: Architecture) -> Truth:
             refused[path] = defects
         elif residual.parallel:
             removable |= {f"{path}.{key}": Tap(path, key) for key in ("f", "g")}
+        elif residual.escapes:
+            removable[f"{path}.f"] = Tap(path, "f")
         else:
             removable[path] = Tap(path, "f")
     return Truth(removable, refused)

@@ -417,14 +417,9 @@ class Parallel(nn.Module):
         return x + branch(self, self.a(x), "a") + branch(self, self.b(x), "b")
 
 
-class SummedBranches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = conv_bn()
-        self.b = nn.Conv2d(C, C, 1)
-
+class SummedBranches(Parallel):
     def forward(self, x: Tensor) -> Tensor:
-        return x + branch(self, self.a(x) + self.b(x))
+        return x + (branch(self, self.a(x), "a") + branch(self, self.b(x), "b"))
 
 
 class LongSkip(nn.Module):
@@ -1194,7 +1189,17 @@ ENTRIES: tuple[Entry, ...] = (
         {},
         layers=("body.0",),
     ),
-    Entry("summed_branches", _trunk(SummedBranches), images, _body(1), {"projection_shortcut": 1}),
+    Entry(
+        "summed_branches",
+        _trunk(SummedBranches),
+        images,
+        (
+            Branch(Tap("body.0", "a"), "body.0.a", "body.0", ("body.0.a.",)),
+            Branch(Tap("body.0", "b"), "body.0.b", "body.0", ("body.0.b.",)),
+        ),
+        {},
+        layers=("body.0",),
+    ),
     Entry(
         "nested",
         lambda: Trunk(Plain(nn.Sequential(conv_bn(), Plain(), nn.ReLU(inplace=True), conv()))),
@@ -1211,7 +1216,13 @@ ENTRIES: tuple[Entry, ...] = (
         {},
     ),
     Entry("escapes_by_return", EscapesByReturn, maps, (), {"branch_escapes": 1}),
-    Entry("escapes_by_use", _trunk(EscapesByUse), images, (), {"branch_escapes": 1}),
+    Entry(
+        "escapes_by_use",
+        _trunk(EscapesByUse),
+        images,
+        (Branch(Tap("body.0"), "body.0.g", "body.0", ("body.0.g.",)),),
+        {},
+    ),
     Entry(
         "two_inputs",
         TwoInputs,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from blockprune.blocks.cuts import Cut, Cuts
+from blockprune.blocks.cuts import Cut, Cuts, cut_together, still_added
 from blockprune.blocks.find import find_blocks
 from blockprune.blocks.flow import Flow
-from blockprune.blocks.naming import NAME_KEY
+from blockprune.blocks.naming import carried_names, carry_name
 from blockprune.blocks.rule import parameters_read
 from blockprune.blocks.types import BlockAnalysis, Reason, Rejection, ResidualBlock, Stage
 
 __all__ = [
-    "NAME_KEY",
     "BlockAnalysis",
     "Cut",
     "Cuts",
@@ -19,6 +18,10 @@ __all__ = [
     "Rejection",
     "ResidualBlock",
     "Stage",
+    "carried_names",
+    "carry_name",
+    "cut_together",
     "find_blocks",
     "parameters_read",
+    "still_added",
 ]

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -18,7 +18,7 @@ from blockprune.blocks.flow import Flow
 from blockprune.blocks.layers import find_layers
 from blockprune.blocks.naming import branch_names, numbered, owner_of
 from blockprune.blocks.readers import ParameterReaders
-from blockprune.blocks.rule import Branch, Refusal, examine, merge_of
+from blockprune.blocks.rule import Branch, Refusal, examine
 from blockprune.blocks.types import (
     BlockAnalysis,
     Reason,
@@ -85,9 +85,11 @@ def find_blocks(
 def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:
     flows = [Flow(region) for region in traced.regions]
     branches, refusals = _examine_all(flows)
-    branch_cuts = _name_cuts(branches)
-    cuts = Cuts(branch_cuts, *find_layers(branch_cuts), flows)
-    rejections = [*_rejections(refusals), *_opaque(traced)]
+    branch_cuts = _name_cuts(branches, refusals)
+    refused = _name_refusals(refusals)
+    places = {name: (flow, refusal.merge) for name, (flow, refusal) in refused.items()}
+    cuts = Cuts(branch_cuts, *find_layers(branch_cuts), flows, places)
+    rejections = [*_rejections(refused), *_opaque(traced)]
     blocks = _blocks(cuts, granularity, ParameterReaders(traced, flows))
     stages = _stages(blocks, rejections)
     place = {name: index for index, stage in enumerate(stages) for name in stage.blocks}
@@ -121,20 +123,20 @@ def _collection_paused() -> Iterator[None]:
 def _examine_all(
     flows: Sequence[Flow],
 ) -> tuple[list[tuple[Flow, Branch]], list[tuple[Flow, Refusal]]]:
-    """Put every merge of the model to the rule; both lists are in order of execution."""
+    """Put every merge of the model to the rule.
+
+    Branches are in order of their ends, which is the same whatever the order of the adds; refusals
+    in that of the merges.
+    """
     branches: list[tuple[Flow, Branch]] = []
     refusals: list[tuple[Flow, Refusal]] = []
     for flow in flows:
-        for node in flow.region.graph.nodes:
-            merge = merge_of(node, flow)
-            if merge is None:
-                continue
-            verdict = examine(merge, flow)
+        for verdict in examine(flow):
             if isinstance(verdict, Branch):
                 branches.append((flow, verdict))
             else:
                 refusals.append((flow, verdict))
-    branches.sort(key=lambda pair: _place(pair[0], pair[1].merge))
+    branches.sort(key=lambda pair: _place(pair[0], pair[1].branch))
     refusals.sort(key=lambda pair: _place(pair[0], pair[1].merge))
     return branches, refusals
 
@@ -143,12 +145,21 @@ def _place(flow: Flow, node: fx.Node) -> tuple[int, ...]:
     return (*flow.region.order, flow.index[node])
 
 
-def _name_cuts(branches: Sequence[tuple[Flow, Branch]]) -> dict[str, Cut]:
-    names = branch_names([(flow, branch.merge, branch.nodes) for flow, branch in branches])
+def _name_cuts(
+    branches: Sequence[tuple[Flow, Branch]], refusals: Sequence[tuple[Flow, Refusal]]
+) -> dict[str, Cut]:
+    names = branch_names(branches, refusals)
     return {
         name: Cut(name, flow, branch, frozenset(flow.dead_without(replacements_in(flow, [branch]))))
         for name, (flow, branch) in zip(names, branches, strict=True)
     }
+
+
+def _name_refusals(refusals: Sequence[tuple[Flow, Refusal]]) -> dict[str, tuple[Flow, Refusal]]:
+    names = numbered(
+        [owner_of(refusal.merge, flow) or refusal.merge.name for flow, refusal in refusals]
+    )
+    return dict(zip(names, refusals, strict=True))
 
 
 def _blocks(cuts: Cuts, granularity: Granularity, readers: ParameterReaders) -> list[ResidualBlock]:
@@ -164,7 +175,7 @@ def _blocks(cuts: Cuts, granularity: Granularity, readers: ParameterReaders) -> 
         is_exact = name not in layers or name in cuts.layers
         chosen = [cuts.branches[part] for part in branches] if is_exact else [*cuts.bypasses[name]]
         dead = cuts.inner_nodes(chosen).union(*cuts.dead_nodes(chosen).values())
-        nested = {inner for cut in chosen for inner in cuts.nested_in(cut)}
+        nested = set(cuts.lying_in(chosen))
         goes = dict.fromkeys(
             block_of[inner]
             for inner in cuts.branches
@@ -174,9 +185,9 @@ def _blocks(cuts: Cuts, granularity: Granularity, readers: ParameterReaders) -> 
         blocks.append(
             ResidualBlock(
                 name=name,
-                owner=owner_of(chosen[-1].branch.merge, chosen[-1].flow) if is_exact else name,
+                owner=owner_of(chosen[-1].branch.joins, chosen[-1].flow) if is_exact else name,
                 params=readers.vanishing(dead),
-                shape=_shape(chosen[-1].flow, chosen[-1].branch.merge),
+                shape=_shape(chosen[-1].flow, chosen[-1].branch.joins),
                 stage=0,
                 branches=branches,
                 contains=tuple(goes),
@@ -192,18 +203,15 @@ def _layers(cuts: Cuts, granularity: Granularity) -> dict[str, tuple[str, ...]]:
     layers = dict(cuts.layers) if granularity != "branch" else {}
     if granularity == "layer_approx":
         for name, ways in cuts.bypasses.items():
-            gone = {part for way in ways for part in cuts.nested_in(way)}
+            gone = set(cuts.lying_in(ways))
             layers[name] = tuple(part for part in cuts.branches if part in gone)
     return layers
 
 
-def _rejections(refusals: Sequence[tuple[Flow, Refusal]]) -> list[Rejection]:
-    names = numbered(
-        [owner_of(refusal.merge, flow) or refusal.merge.name for flow, refusal in refusals]
-    )
+def _rejections(refused: Mapping[str, tuple[Flow, Refusal]]) -> list[Rejection]:
     return [
         Rejection(name, refusal.reason, refusal.detail, _shape(flow, refusal.merge))
-        for name, (flow, refusal) in zip(names, refusals, strict=True)
+        for name, (flow, refusal) in refused.items()
     ]
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from blockprune.tracing import GUARDS, Region, TensorFact, holds_tensor
 
-__all__ = ["Flow", "input_of"]
+__all__ = ["Call", "Flow", "input_of", "owner_call"]
+
+Call = str
+"""One call of a module in a region: its path, `@k` for a repeated call; "" for the region."""
 
 _IDENTITY_METHODS = frozenset({"clone", "contiguous"})
 _RESHAPES = frozenset({"flatten", "reshape", "unflatten", "view", torch.flatten, torch.reshape})
@@ -83,6 +87,21 @@ class Flow:
         value = self.region.values[node]
         return value if isinstance(value, TensorFact) else None
 
+    def same_shape(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether both compute one tensor each, and these have the same shape."""
+        first, second = self.fact(a), self.fact(b)
+        return first is not None and second is not None and first.shape == second.shape
+
+    def same_kind(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether both compute one tensor each, of the same shape, dtype and device."""
+        first, second = self.fact(a), self.fact(b)
+        return (
+            self.same_shape(a, b)
+            and first is not None
+            and second is not None
+            and (first.dtype, first.device) == (second.dtype, second.device)
+        )
+
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a call_module node calls, else None."""
         if node.op != "call_module":
@@ -99,7 +118,7 @@ class Flow:
             or (
                 node.op == "call_method"
                 and node.target in _CAST_METHODS
-                and self.fact(node) == self.fact(source)
+                and self.same_kind(node, source)
             )
         ):
             return source
@@ -125,12 +144,11 @@ class Flow:
         self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None
     ) -> fx.Node | None:
         """Return the node that a chain of reshapes ending in `node` has brought back to shape."""
-        wanted = self.fact(node)
         source: fx.Node | None = input_of(node) if _is_reshape(node) else None
-        while source is not None and wanted is not None and self.fact(source) != wanted:
+        while source is not None and not self.same_kind(source, node):
             following = self._step_back(source, replaced)
             source = following or (input_of(source) if _is_reshape(source) else None)
-        return None if wanted is None else source
+        return source
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -267,6 +285,13 @@ class Flow:
                         pending.append(reader)
         return dead | set(replaced)
 
+    def is_unread(
+        self, node: fx.Node, replaced: Mapping[fx.Node, fx.Node], dead: Collection[fx.Node]
+    ) -> bool:
+        """Whether all that read `node` are `dead`, the nodes that die with those replaced."""
+        readers = self._readers_given(node, replaced)
+        return bool(self.readers[node]) and all(reader in dead for reader in readers)
+
     def modules_gone(self, dead: Iterable[fx.Node]) -> list[str]:
         """Return the qualified names of the modules that are called by `dead` nodes only."""
         gone = {str(node.target) for node in dead if node.op == "call_module"}
@@ -310,6 +335,12 @@ class Flow:
         return replacement is value or bool(
             self.region.facts.written[value] & self.storages(replacement)
         )
+
+
+def owner_call(node: fx.Node) -> Call:
+    """Return the innermost module call that `node` was recorded in."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack), "")
 
 
 def input_of(node: fx.Node) -> fx.Node | None:

@@ -17,9 +17,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from blockprune.blocks.cuts import Cut, replacements_in
-from blockprune.blocks.flow import Flow
-from blockprune.blocks.naming import Call, owner_call
+from blockprune.blocks.cuts import Cut, replacements_in, unread_without
+from blockprune.blocks.flow import Call, Flow, owner_call
 from blockprune.blocks.rule import Branch, merge_of, parameters_read
 
 __all__ = ["find_layers"]
@@ -112,9 +111,14 @@ def _outermost(calls: Mapping[_Place, list[Cut]]) -> dict[_Place, list[Cut]]:
     """Return the cuts within each call that lie in no other, if the module is one layer."""
     found = {}
     for place, group in calls.items():
-        merges = {cut.branch.merge for cut in group}
-        nested = {m for cut in group for m in cut.dead & merges if m is not cut.branch.merge}
-        found[place] = [cut for cut in group if cut.branch.merge not in nested]
+        ends = {cut.branch.branch for cut in group}
+        nested = {
+            end
+            for cut in group
+            for end in unread_without(cut.flow, [cut]) & ends
+            if end is not cut.branch.branch
+        }
+        found[place] = [cut for cut in group if cut.branch.branch not in nested]
         if not _is_one_layer(place[1], found[place]):
             return {}
     return found
@@ -175,11 +179,11 @@ def _bypass(name: str, flow: Flow, members: Sequence[fx.Node], cuts: Sequence[Cu
         return None
     (result,), (entry,) = results, entries
     holds_matrix = any(p.dim() > 1 for n in alive for _, p in parameters_read(n, flow))
-    if flow.fact(result) != flow.fact(entry) or flow.fact(entry) is None or holds_matrix:
+    if not flow.same_kind(result, entry) or holds_matrix:
         return None
     if any(_adds_activations(node, flow) for node in alive):
         return None
-    way = Branch(result, entry, result, entry, frozenset(members), is_exact=False)
+    way = Branch(result, entry, result, 0, entry, frozenset(members), is_exact=False)
     return Cut(name, flow, way, frozenset(flow.dead_without({result: entry})))
 
 
@@ -192,7 +196,7 @@ def _branches_in(ways: Iterable[Cut], cuts: Mapping[str, Cut]) -> tuple[str, ...
     return tuple(
         name
         for name, cut in cuts.items()
-        if any(cut.flow is way.flow and cut.branch.merge in way.dead for way in ways)
+        if any(cut.flow is way.flow and cut.branch.branch in way.dead for way in ways)
     )
 
 

@@ -8,22 +8,34 @@ from typing import Any
 
 from torch import fx
 
-from blockprune.blocks.flow import Flow
-from blockprune.blocks.rule import parameters_read
+from blockprune.blocks.flow import Flow, owner_call
+from blockprune.blocks.rule import Branch, Refusal, parameters_read
+from blockprune.blocks.types import Reason
 
-__all__ = ["NAME_KEY", "Call", "branch_names", "lies_in", "numbered", "owner_call", "owner_of"]
+__all__ = [
+    "NAMES_KEY",
+    "branch_names",
+    "carried_names",
+    "carry_name",
+    "lies_in",
+    "numbered",
+    "owner_of",
+]
 
-NAME_KEY = "blockprune_name"
-"""Key of a node's metadata under which a ticket keeps the dense model's name of a merge."""
+NAMES_KEY = "blockprune_names"
+"""Key of a merge's metadata under which a ticket keeps the dense model's names of its operands."""
 
-Call = str
-"""One call of a module in a region: its path, `@k` for a repeated call; "" for the region."""
+_BRANCHES_THAT_STAY = (Reason.BRANCH_ESCAPES, Reason.MUTATES_SHORTCUT)
 
 
-def owner_call(node: fx.Node) -> Call:
-    """Return the innermost module call that `node` was recorded in."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    return next(reversed(stack), "")
+def carried_names(merge: fx.Node) -> dict[int, str]:
+    """Return the dense model's names of the branches that `merge` adds, by operand."""
+    return dict(merge.meta.get(NAMES_KEY, {}))
+
+
+def carry_name(merge: fx.Node, position: int, name: str) -> None:
+    """Note what the dense model calls the branch that is one operand of `merge`."""
+    merge.meta[NAMES_KEY] = {**carried_names(merge), position: name}
 
 
 def owner_of(node: fx.Node, flow: Flow) -> str:
@@ -33,24 +45,31 @@ def owner_of(node: fx.Node, flow: Flow) -> str:
     return flow.region.qualified(path)
 
 
-def branch_names(branches: Sequence[tuple[Flow, fx.Node, Iterable[fx.Node]]]) -> list[str]:
-    """Return a unique name for each (region, merge, nodes of the branch).
+def branch_names(
+    branches: Sequence[tuple[Flow, Branch]], refusals: Iterable[tuple[Flow, Refusal]]
+) -> list[str]:
+    """Return a unique name for each branch.
 
-    The owner's name where the owner has one branch, else `owner.child` with the child that holds
-    most of the branch's parameters, and `#k` where that is not unique. A name that a ticket carries
-    over from its dense model is kept.
+    The owner's name if the owner merges no other branch and this one goes as a whole; else
+    `owner.child` with the child that holds most of what goes, and `#k` where that is not unique. A
+    name that a ticket carries over from its dense model is kept.
     """
-    owners = [owner_of(merge, flow) for flow, merge, _ in branches]
+    owners = [owner_of(branch.merge, flow) for flow, branch in branches]
     count = Counter(owners)
+    count.update(
+        owner_of(refusal.merge, flow)
+        for flow, refusal in refusals
+        if refusal.reason in _BRANCHES_THAT_STAY
+    )
     names = []
-    for (flow, merge, nodes), owner in zip(branches, owners, strict=True):
-        carried = merge.meta.get(NAME_KEY)
+    for (flow, branch), owner in zip(branches, owners, strict=True):
+        carried = carried_names(branch.merge).get(branch.position)
         if carried:
-            names.append(str(carried))
-        elif owner and count[owner] == 1:
+            names.append(carried)
+        elif owner and count[owner] == 1 and branch.part == branch.nodes:
             names.append(owner)
         else:
-            names.append(_child(flow, merge, nodes))
+            names.append(_child(flow, branch))
     return numbered(names)
 
 
@@ -69,14 +88,14 @@ def numbered(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _child(flow: Flow, merge: fx.Node, nodes: Iterable[fx.Node]) -> str:
-    """Return the module called by the owner, or its parameter, that holds most of the branch.
+def _child(flow: Flow, branch: Branch) -> str:
+    """Return the module called by the owner, or its parameter, that holds most of what goes.
 
-    There is one: a branch reads parameters.
+    There is one: what goes reads parameters.
     """
-    owner = owner_call(merge)
+    owner = owner_call(branch.merge)
     weight: Counter[str] = Counter()
-    for node in sorted(flow.with_state(nodes), key=flow.index.__getitem__):
+    for node in sorted(flow.with_state(branch.part), key=flow.index.__getitem__):
         for name, parameter in parameters_read(node, flow):
             stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
             calls = list(stack)

@@ -1,16 +1,22 @@
 """The block rule: the one definition of "removable residual block".
 
-A merge is an add of two tensors, m = s + b. It closes a removable block when
+A merge is an add of two tensors, m = s + b. With b multiplied by zero, m is s, whoever else reads
+what b was computed from: so replacing m by s is exact. What goes is the *part* of b that only m
+needs. The merge closes a removable block when
 
-1. s is the *shortcut*: the block's input x itself, or a sum that has x as a term (parallel
-    branches);
-2. b is the *branch*: it depends on x, reads parameters, and
-3. none of its values is used anywhere but in m;
+1. s is the *shortcut*: an activation x, or a sum that has x as a term;
+2. b is the *branch*: it depends on x and reads parameters;
+3. its part, what nobody needs but m, reads parameters too;
 4. nothing writes into the memory of s between s and m;
 5. s and m have the same shape and dtype.
 
-Then m with b multiplied by zero is s, bit for bit, and replacing m by s is exact. Where a condition
-fails, the answer is a `Refusal` with the reason, and that is data, not an error.
+The order of the adds decides nothing. In (x + a) + b the outer merge has the shortcut x + a, which
+has x as a term. In x + (a + b) the branch is a sum, and is taken apart where one forward does both
+adds, a and b each meet condition 2, and neither is a shortcut around the other. Then a is the
+branch of the merge a + b, which without it is b, and likewise b; without both, x + (a + b) is x. A
+dropout may stand around the sum, since it turns zeros into zeros.
+
+Where a condition fails, the answer is a `Refusal` with the reason, and that is data, not an error.
 """
 
 from __future__ import annotations
@@ -18,13 +24,14 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
-from blockprune.blocks.flow import Flow
+from blockprune.blocks.flow import Flow, input_of, owner_call
 from blockprune.blocks.types import Reason
 
 __all__ = ["Branch", "Merge", "Refusal", "examine", "merge_of", "parameters_read"]
@@ -56,6 +63,10 @@ _SCALE_FUNCTIONS = frozenset(
     }
 )
 _SCALE_METHODS = frozenset({"mul", "mul_", "div", "div_", "neg", "neg_", "multiply", "divide"})
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUT_FUNCTIONS = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +86,12 @@ class Branch:
         merge: the add.
         shortcut: its operand that stays.
         branch: its operand that goes.
+        position: of `branch` among the operands.
         entry: the activation that the branch starts from.
         nodes: the branch itself, from `entry` (exclusive) to `branch` (inclusive).
+        part: those of `nodes` that nobody needs but `merge`, so that they go.
+        within: the branch that is `merge` as a whole, if `merge` is a sum that was taken apart; it
+            is cut when both operands of `merge` are.
         is_exact: False for the bypass of a whole layer, whose output is what `merge` is then: its
             replacement by `shortcut` is no zeroed branch but an approximation.
     """
@@ -84,18 +99,32 @@ class Branch:
     merge: fx.Node
     shortcut: fx.Node
     branch: fx.Node
+    position: int
     entry: fx.Node
     nodes: frozenset[fx.Node]
+    part: frozenset[fx.Node] = frozenset()
+    within: Branch | None = None
     is_exact: bool = True
+
+    @property
+    def joins(self) -> fx.Node:
+        """The merge at which the branch joins the stream: `merge`, or one behind it."""
+        return self.merge if self.within is None else self.within.joins
+
+    @property
+    def stream(self) -> fx.Node:
+        """What the branch is added to there."""
+        return self.shortcut if self.within is None else self.within.stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A merge that did not pass."""
+    """A branch that stays, or a merge that has none."""
 
     merge: fx.Node
     reason: Reason
     detail: str
+    branch: Branch | None = None
 
 
 def merge_of(node: fx.Node, flow: Flow) -> Merge | None:
@@ -114,17 +143,46 @@ def merge_of(node: fx.Node, flow: Flow) -> Merge | None:
     return Merge(node, (a, b), node.kwargs.get("alpha", 1))
 
 
-def examine(merge: Merge, flow: Flow) -> Branch | Refusal:
-    """Return the branch that `merge` closes, or why it closes none."""
-    first, second = merge.operands
-    orders = [(first, second)]
-    if merge.alpha == 1:
-        orders.append((second, first))
-    for shortcut, branch in orders:
+def examine(flow: Flow) -> list[Branch | Refusal]:
+    """Put every merge of a region to the rule, and return what it says of each branch."""
+    verdicts: list[Branch | Refusal] = []
+    taken_apart: set[fx.Node] = set()
+    for node in reversed(flow.nodes):
+        merge = merge_of(node, flow)
+        if merge is None or node in taken_apart:
+            continue
+        for verdict in _examine(merge, flow):
+            verdicts.append(verdict)
+            taken_apart.update(_sums_around(verdict))
+    return verdicts
+
+
+def _sums_around(verdict: Branch | Refusal) -> Iterator[fx.Node]:
+    branch: Branch | None = verdict if isinstance(verdict, Branch) else verdict.branch
+    while branch is not None:
+        yield branch.merge
+        branch = branch.within
+
+
+def _examine(merge: Merge, flow: Flow) -> list[Branch | Refusal]:
+    branch = _branch_of(merge, flow)
+    if branch is None:
+        return [_explain(merge, flow)]
+    refusal = _unfit(branch, flow)
+    if refusal is not None:
+        return [refusal]
+    return [_judge(term, flow) for term in _terms(branch, flow)]
+
+
+def _branch_of(merge: Merge, flow: Flow) -> Branch | None:
+    """Return the branch that `merge` adds to a shortcut around it, whether or not it can go."""
+    orders = [(0, 1)] if merge.alpha != 1 else [(0, 1), (1, 0)]
+    for stays, goes in orders:
+        shortcut, branch = merge.operands[stays], merge.operands[goes]
         entry, nodes = _entry(flow.current(shortcut, merge.node), branch, flow)
         if entry is not None:
-            return _judge(merge, shortcut, branch, entry, nodes, flow)
-    return _explain(merge, flow)
+            return Branch(merge.node, shortcut, branch, goes, entry, frozenset(nodes))
+    return None
 
 
 def parameters_read(node: fx.Node, flow: Flow) -> Iterator[tuple[str, nn.Parameter]]:
@@ -138,7 +196,7 @@ def parameters_read(node: fx.Node, flow: Flow) -> Iterator[tuple[str, nn.Paramet
             yield str(node.target), value
 
 
-def _reads_parameters(nodes: set[fx.Node], flow: Flow) -> bool:
+def _reads_parameters(nodes: Iterable[fx.Node], flow: Flow) -> bool:
     return any(True for node in flow.with_state(nodes) for _ in parameters_read(node, flow))
 
 
@@ -172,49 +230,90 @@ def _entry(shortcut: fx.Node, branch: fx.Node, flow: Flow) -> tuple[fx.Node | No
     return None, set()
 
 
-def _judge(
-    merge: Merge,
-    shortcut: fx.Node,
-    branch: fx.Node,
-    entry: fx.Node,
-    nodes: set[fx.Node],
-    flow: Flow,
-) -> Branch | Refusal:
-    node = merge.node
-    before, after = flow.fact(shortcut), flow.fact(node)
+def _terms(branch: Branch, flow: Flow) -> list[Branch]:
+    """Return the branches that `branch` is the sum of, or itself where it is no such sum."""
+    node, reader = branch.branch, branch.merge
+    while flow.readers[node] == [reader]:
+        merge = merge_of(node, flow)
+        if merge is not None:
+            parts = _parts(merge, branch, flow)
+            return [term for part in parts for term in _terms(part, flow)] or [branch]
+        source = flow.passes_on(node) or _thinned(node, flow)
+        if source is None:
+            break
+        node, reader = source, node
+    return [branch]
+
+
+def _parts(merge: Merge, branch: Branch, flow: Flow) -> list[Branch]:
+    """Return both operands of `merge`, the sum that `branch` is, if each is a branch of its own."""
+    if merge.alpha != 1 or owner_call(merge.node) != owner_call(branch.merge):
+        return []
+    if _branch_of(merge, flow) is not None:
+        return []
+    stream = flow.current(branch.stream, branch.joins)
+    parts = []
+    for position, operand in enumerate(merge.operands):
+        entry, nodes = _entry(stream, operand, flow)
+        is_branch = entry is not None and _reads_parameters(nodes, flow)
+        if entry is None or not is_branch or not flow.same_kind(operand, merge.node):
+            return []
+        other = merge.operands[1 - position]
+        found = frozenset(nodes)
+        parts.append(Branch(merge.node, other, operand, position, entry, found, within=branch))
+    return parts
+
+
+def _thinned(node: fx.Node, flow: Flow) -> fx.Node | None:
+    """Return the input of a dropout, or None where `node` is none."""
+    is_dropout = isinstance(flow.module(node), _DROPOUT_MODULES) or (
+        node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS
+    )
+    return input_of(node) if is_dropout else None
+
+
+def _unfit(branch: Branch, flow: Flow) -> Refusal | None:
+    """Return why the shortcut cannot stand for the merge, if so."""
+    merge, shortcut = branch.merge, branch.shortcut
+    before, after = flow.fact(shortcut), flow.fact(merge)
     assert before is not None
     assert after is not None
-    if before.shape != after.shape:
-        return Refusal(
-            node,
-            Reason.SHAPE_CHANGE,
-            f"the shortcut has shape {before.shape}, the merge {after.shape}",
-        )
+    if not flow.same_shape(shortcut, merge):
+        found = f"the shortcut has shape {before.shape}, the merge {after.shape}"
+        return Refusal(merge, Reason.SHAPE_CHANGE, found, branch)
     if before.dtype != after.dtype:
-        return Refusal(
-            node, Reason.SHAPE_CHANGE, f"the shortcut is {before.dtype}, the merge {after.dtype}"
-        )
-    position = flow.index[node]
-    since = flow.index[flow.current(shortcut, node)]
+        found = f"the shortcut is {before.dtype}, the merge {after.dtype}"
+        return Refusal(merge, Reason.SHAPE_CHANGE, found, branch)
+    position = flow.index[merge]
+    since = flow.index[flow.current(shortcut, merge)]
     writer = next(flow.writers_after(flow.storages(shortcut), since, position), None)
     if writer is not None:
-        return Refusal(
-            node,
-            Reason.MUTATES_SHORTCUT,
-            f"{flow.nodes[writer].name} writes into the shortcut before it is added",
-        )
-    if not _reads_parameters(nodes, flow):
-        return Refusal(node, Reason.NO_PARAMETERS, "the branch reads no parameter")
-    dead = flow.dead_without({node: shortcut})
-    for inner in sorted(nodes, key=flow.index.__getitem__):
-        if inner not in dead:
-            reader = next(r for r in flow.readers[inner] if r not in dead)
-            return Refusal(
-                node,
-                Reason.BRANCH_ESCAPES,
-                f"{inner.name} of the branch is also read by {reader.name}",
-            )
-    return Branch(node, shortcut, branch, entry, frozenset(nodes))
+        found = f"{flow.nodes[writer].name} writes into the shortcut before it is added"
+        return Refusal(merge, Reason.MUTATES_SHORTCUT, found, branch)
+    return None
+
+
+def _judge(branch: Branch, flow: Flow) -> Branch | Refusal:
+    """Return `branch` with the part of it that goes, or why it stays."""
+    merge = branch.merge
+    refusal = _unfit(branch, flow)
+    if refusal is not None:
+        return refusal
+    if not _reads_parameters(branch.nodes, flow):
+        is_scaled = bool(branch.nodes) and all(_scales(node) for node in branch.nodes)
+        if is_scaled and _reads_parameters(flow.between(branch.entry, branch.shortcut), flow):
+            # The operand that was looked at as the shortcut is the branch.
+            found = f"the shortcut is scaled by {_names(branch.nodes, flow)}"
+            return Refusal(merge, Reason.SCALED_SHORTCUT, found, branch)
+        return Refusal(merge, Reason.NO_PARAMETERS, "the branch reads no parameter", branch)
+    dead = flow.dead_without({merge: branch.shortcut})
+    part = branch.nodes & dead
+    if _reads_parameters(part, flow):
+        return dataclasses.replace(branch, part=part)
+    inner = max(branch.nodes - dead, key=flow.index.__getitem__)
+    reader = next(reader for reader in flow.readers[inner] if reader not in dead)
+    found = f"{inner.name} of the branch is also read by {reader.name}"
+    return Refusal(merge, Reason.BRANCH_ESCAPES, found, branch)
 
 
 def _explain(merge: Merge, flow: Flow) -> Refusal:
@@ -244,7 +343,7 @@ def _explain(merge: Merge, flow: Flow) -> Refusal:
             f"the shortcut goes through {_names(path, flow)}, which has parameters",
         )
     before, after = flow.fact(ancestor), flow.fact(operand)
-    if before is not None and after is not None and before.shape != after.shape:
+    if before is not None and after is not None and not flow.same_shape(ancestor, operand):
         return Refusal(
             node,
             Reason.SHAPE_CHANGE,
@@ -262,8 +361,8 @@ def _rank(ancestor: fx.Node, path: set[fx.Node], operand: fx.Node, flow: Flow) -
         return 0
     if _reads_parameters(path, flow):
         return 1
-    before, after = flow.fact(ancestor), flow.fact(operand)
-    return 0 if before and after and before.shape != after.shape else 2
+    are_tensors = flow.fact(ancestor) is not None and flow.fact(operand) is not None
+    return 0 if are_tensors and not flow.same_shape(ancestor, operand) else 2
 
 
 def _scales(node: fx.Node) -> bool:
@@ -272,7 +371,7 @@ def _scales(node: fx.Node) -> bool:
     )
 
 
-def _names(path: set[fx.Node], flow: Flow, limit: int = 4) -> str:
+def _names(path: Iterable[fx.Node], flow: Flow, limit: int = 4) -> str:
     steps = sorted(path, key=flow.index.__getitem__)
     shown = ", ".join(step.name for step in steps[:limit])
     return shown if len(steps) <= limit else f"{shown}, ..."

@@ -184,10 +184,10 @@ class Passes:
     def _span(self, block: ResidualBlock) -> _Span:
         cuts = self._cuts(block)
         first, last = cuts[0], cuts[-1]
-        end = last.branch.merge
+        end = last.branch.joins
         if len(end.users) == 1 and is_nonlinear(next(iter(end.users)), last.flow):
             end = next(iter(end.users))
-        return _Span(block, first.flow, first.branch.shortcut, first.branch.merge, end)
+        return _Span(block, first.flow, first.branch.stream, first.branch.joins, end)
 
     def _follow(self, path: str, module: nn.Module, graph: fx.Graph) -> nn.Module:
         return Followed(

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blockprune.blocks import BlockAnalysis, Flow, Reason, find_blocks
-from blockprune.blocks.rule import merge_of
+from blockprune.blocks import BlockAnalysis, Flow, find_blocks
 from blockprune.criteria.batches import Batch, batches_of
 from blockprune.criteria.nonlinear import is_nonlinear
 from blockprune.errors import BlockNotFoundError, DataError, MeasurementError, close_names
@@ -166,24 +165,12 @@ class _Watching(CallInterpreter):
 def _ends(analysis: BlockAnalysis) -> dict[str, fx.Node]:
     """Return, by name, where what leaves each residual merge is computed."""
     cuts = analysis.cuts
-    merges = {name: (cut.flow, cut.branch.merge) for name, cut in cuts.branches.items()}
-    refused = [r.name for r in analysis.rejections if r.reason is not Reason.OPAQUE]
-    merges |= zip(refused, _refused(analysis), strict=True)
+    merges = {name: (cut.flow, cut.branch.joins) for name, cut in cuts.branches.items()}
+    merges |= cuts.refused
     for block in analysis.blocks:
         last = cuts.of_blocks([block.name], analysis.granularity)[-1]
-        merges[block.name] = (last.flow, last.branch.merge)
+        merges[block.name] = (last.flow, last.branch.joins)
     return {name: _end(flow, merge) for name, (flow, merge) in merges.items()}
-
-
-def _refused(analysis: BlockAnalysis) -> list[tuple[Flow, fx.Node]]:
-    """Return the merges that are no blocks, in order of execution, as rejections are."""
-    blocks = {cut.branch.merge for cut in analysis.cuts.branches.values()}
-    return [
-        (flow, node)
-        for flow in sorted(analysis.cuts.flows, key=lambda flow: flow.region.order)
-        for node in flow.nodes
-        if node not in blocks and merge_of(node, flow) is not None
-    ]
 
 
 def _end(flow: Flow, merge: fx.Node) -> fx.Node:

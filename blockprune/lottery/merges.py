@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from blockprune.blocks import BlockAnalysis, Reason
-from blockprune.blocks.rule import merge_of
 from blockprune.costs import block_costs
 from blockprune.lottery.record import BlockRecord
 
@@ -61,16 +60,10 @@ def _places(analysis: BlockAnalysis) -> dict[str, tuple[tuple[int, ...], int]]:
     cuts = analysis.cuts
     last = {b.name: cuts.of_blocks([b.name], analysis.granularity)[-1] for b in analysis.blocks}
     places = {
-        name: (cut.flow.region.order, cut.flow.index[cut.branch.merge])
+        name: (cut.flow.region.order, cut.flow.index[cut.branch.joins])
         for name, cut in last.items()
     }
-    taken = {cut.branch.merge for cut in cuts.branches.values()}
-    # Rejections are told in order of execution too.
-    refused = [
-        (flow.region.order, flow.index[node])
-        for flow in sorted(cuts.flows, key=lambda flow: flow.region.order)
-        for node in flow.nodes
-        if node not in taken and merge_of(node, flow) is not None
-    ]
-    names = [r.name for r in analysis.rejections if r.reason is not Reason.OPAQUE]
-    return {**dict(zip(names, refused, strict=True)), **places}
+    refused = {
+        name: (flow.region.order, flow.index[merge]) for name, (flow, merge) in cuts.refused.items()
+    }
+    return refused | places

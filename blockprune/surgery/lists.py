@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 
-from blockprune.blocks import NAME_KEY
+from blockprune.blocks import carried_names, carry_name
 from blockprune.surgery.record import translated
 
 __all__ = ["Removal", "is_in_list", "moved_up", "removals", "renumber", "take_out"]
@@ -89,5 +89,5 @@ def renumber(ticket: nn.Module, gone: Sequence[Removal]) -> None:
     for module in ticket.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if NAME_KEY in node.meta:
-                    node.meta[NAME_KEY] = translated(str(node.meta[NAME_KEY]), names)
+                for position, name in carried_names(node).items():
+                    carry_name(node, position, translated(name, names))

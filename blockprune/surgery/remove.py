@@ -229,7 +229,7 @@ def _removed(analysis: BlockAnalysis, cuts: Iterable[Cut]) -> tuple[str, ...]:
     """Return the branches that go with `cuts`, nested ones too, and the layers bypassed."""
     exact = [cut for cut in cuts if cut.branch.is_exact]
     bypassed = {cut.name for cut in cuts if not cut.branch.is_exact}
-    gone = {cut.name for cut in exact}.union(*(analysis.cuts.nested_in(cut) for cut in exact))
+    gone = {cut.name for cut in exact}.union(analysis.cuts.lying_in(exact))
     branches = [name for name in analysis.cuts.branches if name in gone]
     return (*branches, *(name for name in analysis.cuts.bypasses if name in bypassed))
 

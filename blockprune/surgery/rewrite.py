@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from blockprune.blocks import NAME_KEY, Cut, Cuts, Flow
+from blockprune.blocks import Cut, Cuts, Flow, carry_name, cut_together, still_added
 from blockprune.tracing import copy_graph
 
 __all__ = ["reference_graph", "ticket_graph"]
@@ -45,13 +45,15 @@ def reference_graph(flow: Flow, cuts: Sequence[Cut]) -> fx.Graph:
 def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
     """Return the region's graph without the cut branches and all that only they needed."""
     graph, twins = copy_graph(flow.region.graph)
+    tops = set(cut_together(cut.branch for cut in cuts).values())
     for cut in all_cuts.branches.values():
         if cut.flow is flow:
-            # The name that the dense model gives this merge; one less branch would change it.
-            twins[cut.branch.merge].meta[NAME_KEY] = cut.name
+            # The name that the dense model gives this branch; one less of them would change it.
+            added = still_added(cut.branch, tops)
+            carry_name(twins[added.merge], added.position, cut.name)
     replaced = all_cuts.replacements(cuts).get(flow, {})
     dead = flow.dead_without(replaced)
-    merges = {cut.branch.merge for cut in cuts}
+    merges = {top.merge for top in tops}
     stands_for: dict[fx.Node, fx.Node] = {}
     memory: dict[fx.Node, frozenset[tuple[str, int]]] = {}
     for node in sorted(replaced, key=flow.index.__getitem__):

@@ -61,7 +61,7 @@ def layers_to_take_out(
     loses such layers only: any other cut makes that region a graph, in which there are no lists.
     `lists`: paths of the lists that are looked at, None for all.
     """
-    nested = {name for cut in chosen for name in cuts.nested_in(cut)}
+    nested = set(cuts.lying_in(chosen))
     gone = nested | {cut.name for cut in chosen}
     # What lies wholly in branches that go vanishes with them.
     ways = {
@@ -77,8 +77,8 @@ def layers_to_take_out(
         for name, parts in ways.items()
         if is_in_list(model, name) and (lists is None or name.rpartition(".")[0] in lists)
     }
-    covered = {cut.branch.merge for parts in ways.values() for cut in parts}
-    graphs = {cut.flow for cut in chosen if cut.branch.merge not in covered}
+    covered = {cut for parts in ways.values() for cut in parts}
+    graphs = {cut.flow for cut in chosen if cut not in covered}
     names = [n for n, parts in ways.items() if graphs.isdisjoint(cut.flow for cut in parts)]
     # Lists inside a layer that goes go with it.
     names = [n for n in names if not any(n.startswith(f"{outer}.") for outer in names)]
