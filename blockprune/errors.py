@@ -29,7 +29,9 @@ asked, what was found and what would work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ApproximationWarning",
@@ -52,7 +54,12 @@ __all__ = [
     "TrainingDivergedError",
     "VerificationError",
     "close_names",
+    "memory_errors",
+    "raise_if_out_of_memory",
 ]
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 
 
 class BlockpruneError(Exception):
@@ -139,3 +146,43 @@ def close_names(asked: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `` Did you mean a, b?`` for names close to ``asked``, or an empty string."""
     matches = difflib.get_close_matches(asked, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise `MemoryError` where `error`, or what led to it, says that memory ran out.
+
+    To be called wherever an exception is read as "this cannot be done": what does not fit into
+    memory says nothing about a model. torch has a class for it on accelerators only.
+
+    Example:
+        >>> from blockprune.errors import raise_if_out_of_memory
+        >>> raise_if_out_of_memory(ValueError("no such size"))
+        >>> raise_if_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        Traceback (most recent call last):
+        MemoryError: DefaultCPUAllocator: can't allocate memory
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_out_of_memory(cause):
+            if cause is error and isinstance(error, MemoryError):
+                raise error
+            raise MemoryError(str(cause)) from error
+        cause = cause.__cause__
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Let lack of memory leave a block as `MemoryError`, whatever class it was raised as."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
