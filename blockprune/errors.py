@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ApproximationWarning",
@@ -53,6 +54,7 @@ __all__ = [
     "TrainingDivergedError",
     "VerificationError",
     "close_names",
+    "memory_errors",
     "raise_if_out_of_memory",
 ]
 
@@ -166,6 +168,16 @@ def raise_if_out_of_memory(error: BaseException) -> None:
                 raise error
             raise MemoryError(str(cause)) from error
         cause = cause.__cause__
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Let lack of memory leave a block as `MemoryError`, whatever class it was raised as."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

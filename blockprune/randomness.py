@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -148,7 +149,31 @@ class LayoutFreeDraws(TorchFunctionMode):
 
 
 class AlikeDraws(LayoutFreeDraws):
-    """Make each random operation a function of its name and shape alone."""
+    """Make what is drawn during a call of a function of torch depend on its name and shape alone.
+
+    Modules that draw in another way (from the generators of Python or numpy, say) draw alike where
+    they are among `names`, for the time in which this mode is on.
+
+    Args:
+        names: module to the name that says what it draws.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str] | None = None) -> None:
+        super().__init__()
+        self.names = names or {}
+
+    def __enter__(self) -> AlikeDraws:
+        self._hook = register_module_forward_pre_hook(self._seed)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hook.remove()
+
+    def _seed(self, module: nn.Module, args: Any) -> None:
+        if module in self.names:
+            seed_rng(zlib.crc32(self.names[module].encode()))
 
     def __torch_function__(
         self,
@@ -158,7 +183,14 @@ class AlikeDraws(LayoutFreeDraws):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _RANDOM_OPERATIONS:
-            shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else args[:1]
-            seed_rng(zlib.crc32(f"{name} {shape}".encode()))
+        if name != "__get__":  # reading a property, such as a shape
+            seed_rng(zlib.crc32(f"{name} {_shape_of(args[0]) if args else ()}".encode()))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _shape_of(argument: Any) -> Any:
+    """Return the shape of a tensor, or sizes that are given as such; else nothing."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape)
+    sizes = argument if isinstance(argument, tuple | list) else (argument,)
+    return tuple(sizes) if all(isinstance(size, int) for size in sizes) else ()

@@ -377,7 +377,7 @@ def test_a_cut_that_is_of_another_type_is_found(monkeypatch: pytest.MonkeyPatch)
         return {name: t.double() for name, t in fitted_filters(state, plan).items()}
 
     monkeypatch.setattr(removal, "fitted_filters", wide)
-    with pytest.raises(VerificationError, match="fails where the dense one runs"):
+    with pytest.raises(VerificationError, match=r"fails where the dense one .* runs"):
         remove_filters(model, plan, IMAGES)
 
 
@@ -829,7 +829,7 @@ def test_a_forward_that_counts_on_its_width_is_found() -> None:
             return self.head((x + self.branch.conv2(inner)).mean(dim=(2, 3)))
 
     model = Fixed(Branch(4))
-    with pytest.raises(VerificationError, match=r"fails where the dense one runs, in eval mode"):
+    with pytest.raises(VerificationError, match=r"fails where the dense one .* runs, in eval mode"):
         remove_filters(model, plan_of(model), IMAGES)
 
 
@@ -853,5 +853,5 @@ def test_a_gradient_that_depends_on_the_width_is_found() -> None:
             return self.head((x + self.branch.conv2(inner)).mean(dim=(2, 3)))
 
     model = Sharing(Branch(4)).double()
-    with pytest.raises(VerificationError, match=r"in eval mode: the gradient of '.*' has"):
+    with pytest.raises(VerificationError, match=r"in eval mode: the gradient of '.*' differs"):
         remove_filters(model, plan_of(model), IMAGES.double())

@@ -37,13 +37,27 @@ class Block(nn.Module):
         return x + self.dropout(functional.relu(self.norm(self.linear(x))))
 
 
+class Row(nn.Module):
+    """Blocks in a row, and no list: a shorter one could be right where the graph is damaged."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        for number, block in enumerate(blocks):
+            self.add_module(str(number), block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x
+
+
 class Net(nn.Module):
     """Three blocks between a stem and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(6, 6)
-        self.blocks = nn.Sequential(Block(), Block(), Block())
+        self.blocks = Row(Block(), Block(), Block())
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Any:
@@ -263,7 +277,7 @@ def test_weights_that_were_not_transferred(
     [
         (with_call("stem", torch.mul, 1.001), "the ticket differs .* in eval mode: largest"),
         (with_call("stem", torch.Tensor.double), "the ticket fails .* in eval mode: RuntimeError"),
-        (other_outputs(lambda o: list(o.values())), "the ticket returns .*list"),
+        (other_outputs(lambda o: list(o.values())), "the ticket differs .* returns .*list"),
     ],
     ids=["numbers", "types", "containers"],
 )
@@ -339,7 +353,7 @@ class TestRounding:
         ticket = blockprune.remove_blocks(Net().to(dtype), ["blocks.0"], INPUTS.to(dtype))
         assert record_of(ticket).verified == ("eval", "train")  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize(("size", "passes"), [(0.25, True), (100.0, False)])
+    @pytest.mark.parametrize(("size", "passes"), [(0.125, True), (100.0, False)])
     def test_half_precision_alone_is_given_some_room(
         self, damaged: Callable[[Damage], None], size: float, passes: bool
     ) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from blockprune.errors import StalePlanError, close_names
+from blockprune.errors import StalePlanError, close_names, memory_errors
 from blockprune.filters.layers import FilterLayer, filter_layers
 from blockprune.filters.plans import FilterPlan
 from blockprune.filters.slicing import fitted_filters
-from blockprune.filters.verifying import verify_filters
+from blockprune.filters.verifying import proof_of_filters
 from blockprune.tracing import as_call, copy_model, isolated
 
 __all__ = ["remove_filters"]
@@ -58,11 +58,11 @@ def remove_filters(
     """
     layers = _layers_of(plan, model, example_inputs)
     # Tensors made in inference mode could never be trained.
-    with isolated():
+    with isolated(), memory_errors():
         narrow = copy_model(model)
         _cut(narrow, plan, layers)
     if verify:
-        verify_filters(model, narrow, plan, layers, as_call(model, example_inputs))
+        proof_of_filters(model, plan, layers, as_call(model, example_inputs)).of(narrow)
     return narrow
 
 

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from blockprune.surgery.forms import differ
-from blockprune.tracing import Call, structural_copy
+from blockprune.errors import VerificationError
 
 __all__ = ["fill_cache_slots"]
 
 
-def fill_cache_slots(ticket: nn.Module, reference: nn.Module, call: Call, *, verify: bool) -> None:
+def fill_cache_slots(ticket: nn.Module, reference: nn.Module, verify: Callable[[], object]) -> None:
     """Let the attention modules of `ticket`, which is changed, use the first slots of a cache.
 
     Args:
         ticket: a ticket that keeps its class.
         reference: the model with all attention modules, whose slots a cache has.
-        call: the example inputs.
-        verify: compare the outputs with those before, and undo it where they differ.
+        verify: raises `VerificationError` where the ticket is not right with it; it is undone then.
     """
     kinds = getattr(getattr(ticket, "config", None), "layer_types", None) or []
     slots, left = _by_place(reference), _by_place(ticket)
@@ -43,10 +42,11 @@ def fill_cache_slots(ticket: nn.Module, reference: nn.Module, call: Call, *, ver
                 changes.append((module, first[0]))
     if all(module.layer_idx == slot for module, slot in changes):
         return
-    before = structural_copy(ticket)
     old = [(module, vars(module)["layer_idx"]) for module, _ in changes]
     _assign(changes)
-    if verify and differ(before, ticket, call, str):
+    try:
+        verify()
+    except VerificationError:
         _assign(old)
         warnings.warn(
             "attention modules keep their slots of a cache, since they compute with the number; "

@@ -1,4 +1,4 @@
-"""Comparing two computations of one function: outputs, gradients, types.
+"""Comparing two computations of one function: types, outputs, buffers, gradients.
 
 Numbers may differ by a few units in the last place, which is what another order of summation gives.
 Of numbers in half precision that would be some percent, and a wrong ticket could pass: where a
@@ -8,8 +8,8 @@ network has such, its numbers are to be equal first, and are compared in float64
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +18,15 @@ from torch import Tensor, nn
 from blockprune.tracing import Call, map_tensors, tensors_in
 
 __all__ = [
-    "GRADIENT_ULPS",
-    "OUTPUT_ULPS",
     "SEED",
     "Difference",
     "Outcome",
     "difference_of",
     "fresh",
-    "gradients_differ",
     "gradients_of",
     "is_coarse",
+    "outcomes_differ",
     "snapshot",
-    "types_of",
 ]
 
 SEED = 20240229
@@ -37,8 +34,23 @@ OUTPUT_ULPS = 4.0
 GRADIENT_ULPS = 32.0
 COARSE = 1e-5
 
-Outcome = tuple[Any, dict[str, Tensor] | None]
-"""Outputs, and gradients by the name of the parameter; None where there is no backward pass."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run of a model.
+
+    Attributes:
+        outputs: what it returned.
+        taken: what the modules that were listened to returned, in the order of their calls.
+        buffers: as the run left them, by name.
+        gradients: of a fixed random projection of the outputs and of what was taken, by the name of
+            the parameter; None where there was no backward pass.
+    """
+
+    outputs: Any
+    taken: list[Any]
+    buffers: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,12 @@ class Difference:
     Attributes:
         what: in words.
         may_be_rounding: finite numbers alone differ, so that more precision may be the end of it.
+        is_behind: it is not in what was computed, but in a gradient or a buffer.
     """
 
     what: str
     may_be_rounding: bool = False
+    is_behind: bool = False
 
     def __str__(self) -> str:
         return self.what
@@ -87,8 +101,60 @@ def is_coarse(module: nn.Module) -> bool:
     )
 
 
+def outcomes_differ(
+    found: Outcome, expected: Outcome, names: Callable[[str], str], room: float
+) -> Difference | None:
+    """Return the first difference of two outcomes; None if there is none.
+
+    Args:
+        found, expected: of two models; what only the second has is not looked at.
+        names: turns a name of the first model into the name in the second.
+        room: how many times a few units in the last place numbers may differ.
+    """
+    ulps = room * OUTPUT_ULPS
+    difference = difference_of(found.outputs, expected.outputs, ulps)
+    difference = difference or difference_of(found.taken, expected.taken, ulps)
+    if difference:
+        return difference
+    types = types_of(found.outputs), types_of(expected.outputs)
+    if types[0] != types[1]:
+        return Difference(f"it returns {types[0]}, the dense model {types[1]}")
+    for name, buffer in found.buffers.items():
+        wanted = expected.buffers.get(names(name))
+        difference = None if wanted is None else difference_of(buffer, wanted, ulps)
+        if difference:
+            what = f"the buffer {name!r} has {difference}"
+            return Difference(what, difference.may_be_rounding, is_behind=True)
+    if expected.gradients is None:
+        return None
+    return _gradients_differ(found.gradients or {}, expected.gradients, names, room)
+
+
+def _gradients_differ(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    names: Callable[[str], str],
+    room: float,
+) -> Difference | None:
+    scale: float | None = None
+    for name, gradient in found.items():
+        wanted = expected.get(names(name))
+        wanted = torch.zeros_like(gradient) if wanted is None else wanted
+        if torch.equal(gradient, wanted):
+            continue
+        if scale is None:
+            # A gradient may be zero but for rounding (a bias before batch normalisation), and
+            # rounding is that of the whole backward pass.
+            scale = max((_largest(_finite(g)) for g in expected.values()), default=0.0)
+        difference = difference_of(gradient, wanted, room * GRADIENT_ULPS, scale)
+        if difference:
+            what = f"the gradient of {name!r} differs: {difference}"
+            return Difference(what, difference.may_be_rounding, is_behind=True)
+    return None
+
+
 def difference_of(
-    found: Any, expected: Any, ulps: float, scale: float | None = None
+    found: Any, expected: Any, ulps: float = OUTPUT_ULPS, scale: float | None = None
 ) -> Difference | None:
     """Return the first difference of two nested values, None where there is none.
 
@@ -173,21 +239,3 @@ def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
         name: torch.zeros_like(parameter) if gradient is None else _dense(gradient)
         for (name, parameter), gradient in zip(named.items(), found, strict=True)
     }
-
-
-def gradients_differ(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], room: float = 1.0
-) -> Difference | None:
-    """Name the first parameter whose gradient differs, and how; None if none does.
-
-    It may differ by `room` times what gradients may differ by.
-    A gradient may be zero but for rounding (a bias before batch normalisation), and rounding is
-    that of the whole backward pass.
-    """
-    scale = max((_largest(_finite(gradient)) for gradient in expected.values()), default=0.0)
-    for name, gradient in found.items():
-        wanted = expected.get(name, torch.zeros_like(gradient))
-        difference = difference_of(gradient, wanted, room * GRADIENT_ULPS, scale)
-        if difference:
-            return replace(difference, what=f"the gradient of {name!r} differs: {difference}")
-    return None

@@ -26,6 +26,7 @@ class TicketRecord:
         removed: names of all branches that went, and of layers bypassed.
         leaf_modules: names and patterns of modules that were not to be looked into.
         verified: the modes in which the ticket was proved equal to its reference.
+        compared: each comparison of that proof in words, such as "train: outputs, 62 gradients".
         renamed: for each layer that moved up in its list, its name to that in the dense model.
     """
 
@@ -35,6 +36,7 @@ class TicketRecord:
     removed: tuple[str, ...]
     leaf_modules: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

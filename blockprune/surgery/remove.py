@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
-from blockprune.errors import ApproximationWarning, StalePlanError, TraceError
+from blockprune.errors import ApproximationWarning, StalePlanError, TraceError, memory_errors
 from blockprune.granularity import Granularity
 from blockprune.plan import PruningPlan
 from blockprune.surgery.caches import fill_cache_slots
+from blockprune.surgery.claims import proof_of_cut
 from blockprune.surgery.configuration import has_configuration
 from blockprune.surgery.graph_module import graph_module
 from blockprune.surgery.record import TicketRecord, attach, record_of, translated
 from blockprune.surgery.rewrite import reference_graph, ticket_graph
 from blockprune.surgery.settle import Settled, layers_to_take_out, settle
-from blockprune.surgery.verify import verify as verify_ticket
 from blockprune.tracing import (
     LeafModules,
     assemble,
@@ -133,28 +134,28 @@ def cut_blocks(
     _refuse_compiled(model, graphs)
     # A root that is a graph has no lists.
     has_lists = "" not in graphs and bool(layers_to_take_out(model, analysis.cuts, cuts)[0])
-    with isolated():
+    with isolated(), memory_errors():
         # The ticket itself, unless layers are yet to be taken out of it.
         start = structural_copy if has_lists else copy_model
         form = Settled(assemble(start(model), graphs, graph_module), graphs, {})
-    verified: tuple[str, ...] = ()
-    if verify:
-        verified = verify_ticket(model, form.ticket, analysis.traced, references, graphs)
+    proof = proof_of_cut(model, analysis.traced, cuts, references, graphs, is_shortened=has_lists)
     if has_lists:
         form = settle(
             model,
-            form.ticket,
             graphs,
             analysis.cuts,
             cuts,
-            analysis.traced.call,
+            proof,
             # Its class and its configuration say what the layers of a shallower one are called.
             renumbered=preserve_root and has_configuration(model),
             told=preserve_root,
         )
+    verified = form.verified
+    if verify and verified is None:
+        verified = proof.of(form.ticket)
     if has_configuration(form.ticket):
-        reference = form.reference or model
-        fill_cache_slots(form.ticket, reference, analysis.traced.call, verify=verify)
+        check = partial(proof.of, form.ticket, form.name_of) if verify else lambda: None
+        fill_cache_slots(form.ticket, form.reference or model, check)
     _warn_of_lost_hooks(model, form.graphs)
     record = TicketRecord(
         plan=plan,
@@ -162,7 +163,8 @@ def cut_blocks(
         preserve_root=preserve_root,
         removed=_removed(analysis, cuts),
         leaf_modules=analysis.traced.leaf_modules,
-        verified=verified,
+        verified=verified.modes if verified else (),
+        compared=verified.compared if verified else (),
         renamed=form.renamed,
     )
     earlier = record_of(model)

@@ -2,9 +2,9 @@
 
 Inside a model that keeps its class, a layer whose branches are all gone need not stay as a module
 that does nothing: `for layer in self.layers` runs as well over a shorter list. Whether the code
-around a list agrees (it may ask for `self.layers[3]`) is not guessed but tried: the shorter model
-must compute what the one with pass-throughs computes, in both modes, gradients included. In lists
-where it does not, the pass-throughs stay.
+around a list agrees (it may ask for `self.layers[3]`) is not guessed but tried: what is proved of a
+ticket with pass-throughs must hold for the shorter model. In lists where it does not, the
+pass-throughs stay.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import fx, nn
 
 from blockprune.blocks import Cut, Cuts
+from blockprune.errors import VerificationError, memory_errors
 from blockprune.surgery.configuration import follow_configuration, has_configuration
-from blockprune.surgery.forms import differ
 from blockprune.surgery.graph_module import graph_module
 from blockprune.surgery.lists import (
     Removal,
@@ -27,8 +27,9 @@ from blockprune.surgery.lists import (
     renumber,
     take_out,
 )
+from blockprune.surgery.proof import Proof, Verified
 from blockprune.surgery.record import translated
-from blockprune.tracing import Call, assemble, copy_model, isolated, structural_copy
+from blockprune.tracing import assemble, copy_model, isolated, structural_copy
 
 __all__ = ["Settled", "layers_to_take_out", "settle"]
 
@@ -43,6 +44,7 @@ class Settled:
         renamed: for each layer that moved up in its list, its name to the one before.
         reference: a model of as many layers with nothing cut; None where layers did not go.
         drift: what a model built from the configuration would compute with another number, if any.
+        verified: what was compared of it; None where nothing was.
     """
 
     ticket: nn.Module
@@ -50,6 +52,11 @@ class Settled:
     renamed: dict[str, str]
     reference: nn.Module | None = None
     drift: str = ""
+    verified: Verified | None = None
+
+    def name_of(self, name: str) -> str:
+        """Return what a module or parameter of the ticket is called in the dense model."""
+        return translated(name, self.renamed)
 
 
 def layers_to_take_out(
@@ -89,40 +96,41 @@ def layers_to_take_out(
 
 def settle(
     model: nn.Module,
-    proved: nn.Module,
     graphs: Mapping[str, fx.Graph],
     cuts: Cuts,
     chosen: Sequence[Cut],
-    call: Call,
+    proof: Proof,
     *,
     renumbered: bool,
     told: bool,
 ) -> Settled:
-    """Return the ticket without its pass-throughs, as far as it computes what `proved` computes.
+    """Return the ticket without its pass-throughs, as far as the proof holds for it.
 
     Args:
         model: the dense model.
-        proved: the ticket with pass-throughs in their place; may share weights with `model`.
         graphs: region path to the ticket's graph.
         cuts, chosen: the branches of the model, and those that go.
-        call: the example inputs.
+        proof: of what the ticket must compute.
         renumbered: whether the layers behind are to have the names of a shallower model.
         told: whether to warn of pass-throughs that stay.
     """
     gone, covered = layers_to_take_out(model, cuts, chosen)
     why = ""
 
-    def agrees(form: Settled) -> bool:
+    def proved(form: Settled) -> Settled | None:
         nonlocal why
-        names = form.renamed
-        why = differ(proved, form.ticket, call, lambda name: translated(name, names))
-        return not why
+        try:
+            return dataclasses.replace(form, verified=proof.of(form.ticket, form.name_of))
+        except VerificationError as error:
+            why = str(error)
+            return None
 
     def attempt(gone: list[Removal], covered: set[str], *, final: bool) -> Settled | None:
         inside = {path: graph for path, graph in graphs.items() if path not in covered}
         for follows in (True, False) if has_configuration(model) else (False,):
-            form = _without(model, inside, gone, final, follows, renumbered)
-            if form is not None and agrees(form):
+            shorter = _without(model, inside, gone, final, follows, renumbered)
+            form = shorter and proved(shorter)
+            if form is not None:
                 if final and has_configuration(model) and not follows:
                     _warn("the configuration could not be brought in step with the layers left", 6)
                 if final and form.drift:
@@ -139,7 +147,7 @@ def settle(
     if found is None:
         if told:
             _warn(f"pass-throughs stay in the place of layers, since without them {why}", 5)
-        with isolated():
+        with isolated(), memory_errors():
             ticket = assemble(copy_model(model), graphs, graph_module)
         found = Settled(ticket, dict(graphs), {})
     return found
@@ -157,7 +165,7 @@ def _without(
 
     `follows`: with its configuration in step, or None where that is not possible.
     """
-    with isolated():
+    with isolated(), memory_errors():
         # What is only tried out shares its weights.
         ticket = assemble((copy_model if final else structural_copy)(model), graphs, graph_module)
     take_out(ticket, gone)
