@@ -162,10 +162,12 @@ class _Rebuilding:
         if isinstance(value, dict):
             return dict(zip(value, found, strict=True))
         if isinstance(value, functools.partial):
-            given = 1 + len(value.args)
-            named = dict(zip(value.keywords, found[given:], strict=True))
-            return functools.partial(*found[:given], **named)
-        return found if isinstance(value, list) else type(value)(found)
+            function, *given = found
+            named = dict(zip(value.keywords, given[len(value.args) :], strict=True))
+            return functools.partial(function, *given[: len(value.args)], **named)
+        if isinstance(value, list):
+            return found
+        return tuple(found) if isinstance(value, tuple) else set(found)
 
 
 def _with_outer(names: Iterable[str]) -> frozenset[str]:
