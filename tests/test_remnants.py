@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +204,20 @@ def test_settings_shared_with_a_module_that_stays_stay_shared() -> None:
     before = ticket(x)
     ticket.config["scale"] = 4.0
     assert torch.equal(ticket(x), before * 2)
+
+
+def test_a_class_that_asks_for_the_version_of_its_state(tmp_path: Path) -> None:
+    class Versioned(Root):
+        _version = 3
+
+        def _load_from_state_dict(self, state: Any, prefix: str, meta: Any, *others: Any) -> None:
+            assert meta.get("version") == 3
+            super()._load_from_state_dict(state, prefix, meta, *others)
+
+    x = torch.rand(2, 4)
+    ticket = blockprune.remove_blocks(Versioned(), "encoder.blocks.1", x)
+    blockprune.save_ticket(ticket, tmp_path / "ticket")
+    same(blockprune.load_ticket(Versioned(), tmp_path / "ticket"), ticket, x)
 
 
 def test_methods_of_the_root_that_are_not_its_own_forward() -> None:
