@@ -222,7 +222,9 @@ def _fill(
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         first_ones = "; ".join(problem[:_LONGEST_PROBLEM] for problem in problems[:3])
         raise TicketError(f"{path} does not fit the model: {first_ones}{more}.")
-    ticket.load_state_dict(tensors)
+    # Some classes ask for the version of their state, which goes with it.
+    state.update({name: tensors[name] for name in state})
+    ticket.load_state_dict(state)
 
 
 def _encode(value: Any) -> Any:

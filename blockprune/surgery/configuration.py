@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from blockprune.surgery.lists import Removal, moved_up
 from blockprune.surgery.record import translated
@@ -36,10 +36,11 @@ class _Change:
 
 
 def has_configuration(model: nn.Module) -> bool:
-    """Whether `model` is of transformers, and so is described by a configuration."""
+    """Whether `model` is of transformers, and so is described by a configuration; no graph is."""
     library = sys.modules.get("transformers")
     kind = getattr(library, "PreTrainedModel", None)
-    return kind is not None and isinstance(model, kind)
+    is_of_library = kind is not None and isinstance(model, kind)
+    return is_of_library and not isinstance(model, fx.GraphModule)
 
 
 def follow_configuration(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx, nn
 
@@ -43,7 +44,7 @@ class TicketRecord:
 def attach(ticket: nn.Module, record: TicketRecord) -> None:
     """Store the record where a deep copy keeps it."""
     if isinstance(ticket, fx.GraphModule):
-        ticket.meta[_KEY] = record
+        _meta(ticket)[_KEY] = record
     else:
         ticket.__dict__[f"_{_KEY}"] = record
 
@@ -51,10 +52,16 @@ def attach(ticket: nn.Module, record: TicketRecord) -> None:
 def record_of(model: nn.Module) -> TicketRecord | None:
     """Return the record of a ticket, None for any other model."""
     if isinstance(model, fx.GraphModule):
-        found = model.meta.get(_KEY)
+        found = _meta(model).get(_KEY)
     else:
         found = model.__dict__.get(f"_{_KEY}")
     return found if isinstance(found, TicketRecord) else None
+
+
+def _meta(module: fx.GraphModule) -> dict[str, Any]:
+    # The dense model may call something of its own by that name.
+    meta: dict[str, Any] = vars(module).get("meta", {})
+    return meta
 
 
 def translated(name: str, renamed: Mapping[str, str]) -> str:

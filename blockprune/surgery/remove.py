@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
 from blockprune.errors import ApproximationWarning, StalePlanError, TraceError, memory_errors
@@ -19,6 +19,11 @@ from blockprune.surgery.caches import fill_cache_slots
 from blockprune.surgery.claims import proof_of_cut
 from blockprune.surgery.configuration import has_configuration
 from blockprune.surgery.graph_module import graph_module
+from blockprune.surgery.lost import (
+    warn_of_lost_checkpoints,
+    warn_of_lost_hooks,
+    warn_of_lost_statistics,
+)
 from blockprune.surgery.record import TicketRecord, attach, record_of, translated
 from blockprune.surgery.rewrite import reference_graph, ticket_graph
 from blockprune.surgery.settle import Settled, layers_to_take_out, settle
@@ -156,7 +161,9 @@ def cut_blocks(
     if has_configuration(form.ticket):
         check = partial(proof.of, form.ticket, form.name_of) if verify else lambda: None
         fill_cache_slots(form.ticket, form.reference or model, check)
-    _warn_of_lost_hooks(model, form.graphs)
+    warn_of_lost_hooks(model, form.ticket, form.renamed, stacklevel=4)
+    warn_of_lost_checkpoints(model, form.ticket, analysis.traced.call, form.renamed, stacklevel=4)
+    warn_of_lost_statistics(model, _shared(analysis, by_region), analysis.traced.call, stacklevel=4)
     record = TicketRecord(
         plan=plan,
         call=analysis.traced.call.described(),
@@ -236,6 +243,17 @@ def _removed(analysis: BlockAnalysis, cuts: Iterable[Cut]) -> tuple[str, ...]:
     return (*branches, *(name for name in analysis.cuts.bypasses if name in bypassed))
 
 
+def _shared(analysis: BlockAnalysis, by_region: dict[Flow, list[Cut]]) -> list[str]:
+    """Return the modules that both a branch that goes and what stays call."""
+    found = []
+    for flow, cuts in by_region.items():
+        dead = flow.dead_without(analysis.cuts.replacements(cuts).get(flow, {}))
+        called = {str(node.target) for node in dead if node.op == "call_module"}
+        gone = set(flow.modules_gone(dead))
+        found += [name for name in map(flow.region.qualified, sorted(called)) if name not in gone]
+    return found
+
+
 def _granularity_of(cuts: Iterable[Cut]) -> Granularity:
     return "branch" if all(cut.branch.is_exact for cut in cuts) else "layer_approx"
 
@@ -260,22 +278,3 @@ def _warn_of_approximation(cuts: Iterable[Cut]) -> None:
             ApproximationWarning,
             stacklevel=4,
         )
-
-
-def _warn_of_lost_hooks(model: nn.Module, graphs: dict[str, fx.Graph]) -> None:
-    """Say so where a module with the user's forward hooks becomes part of a graph."""
-    for path, graph in graphs.items():
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        for name, module in model.get_submodule(path).named_modules():
-            parts = name.split(".")
-            is_kept = any(".".join(parts[: end + 1]) in called for end in range(len(parts)))
-            if (
-                not is_kept
-                and (module._forward_hooks or module._forward_pre_hooks)
-                and module._modules
-            ):
-                warnings.warn(
-                    f"the forward hooks of {name or 'the root'!r} are not carried into the ticket: "
-                    "it has no such module. Register them on the ticket, or on the layers inside.",
-                    stacklevel=4,
-                )

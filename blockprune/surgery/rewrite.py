@@ -8,18 +8,21 @@ The dense m is memory of its own, s is not. So where something behind the merge 
 place (a ReLU whose shortcut was not activated yet), or into s, the ticket works on a clone of s:
 others may read s, or autograd may have saved it. The same holds where s is the input of a region
 inside the model, or m leaves such a region, since the code around it is not seen and may write into
-what it is given. Nothing is cloned where m lay in the memory of s already.
+what it is given. A user may write into what the whole model returns, so there m is a clone where
+anything else can be seen of s: it is an argument, a weight or another output, or is read again.
+Nothing is cloned where m lay in the memory of s already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from blockprune.blocks import Cut, Cuts, Flow, carry_name, cut_together, still_added
+from blockprune.surgery.graph_module import GONE_KEY
 from blockprune.tracing import copy_graph
 
 __all__ = ["reference_graph", "ticket_graph"]
@@ -56,16 +59,22 @@ def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
     merges = {top.merge for top in tops}
     stands_for: dict[fx.Node, fx.Node] = {}
     memory: dict[fx.Node, frozenset[tuple[str, int]]] = {}
+    handed_out: frozenset[tuple[str, int]] = frozenset()
     for node in sorted(replaced, key=flow.index.__getitem__):
         source = replaced[node]
         value = stands_for.get(source, twins.get(source))
         assert value is not None
         memory[node] = memory.get(source, flow.storages(source))
         is_written = node in merges and _needs_own_memory(flow, node, source, memory[node], dead)
-        if is_written or _leaves_region(flow, node, memory[node]):
+        leaves = _leaves_region(flow, node, memory[node])
+        if is_written or (
+            leaves and (memory[node] & handed_out or _is_seen(flow, memory[node], dead))
+        ):
             with graph.inserting_after(twins[node]):
                 value = graph.call_method("clone", (value,))
             memory[node] = flow.storages(node)
+        if leaves:
+            handed_out |= memory[node]
         stands_for[node] = value
         twins[node].replace_all_uses_with(value, propagate_meta=False)
     for node in sorted(dead, key=flow.index.__getitem__, reverse=True):
@@ -73,8 +82,19 @@ def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
             known = flow.stand_in(node)
             _put_in_place(twins[node], stands_for.get(known, twins[known]) if known else None)
         graph.erase_node(twins[node])
+    _note_gone(graph, dead)
     graph.lint()
     return graph
+
+
+def _note_gone(graph: fx.Graph, dead: Iterable[fx.Node]) -> None:
+    """Keep in the graph the names of the modules and tensors that only `dead` nodes read."""
+
+    def names(nodes: Iterable[fx.Node]) -> set[str]:
+        return {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
+
+    [output] = graph.find_nodes(op="output")
+    output.meta[GONE_KEY] = tuple(sorted(names(dead) - names(graph.nodes)))
 
 
 def _put_in_place(node: fx.Node, value: fx.Node | None) -> None:
@@ -106,11 +126,23 @@ def _needs_own_memory(
 
 
 def _leaves_region(flow: Flow, node: fx.Node, memory: frozenset[tuple[str, int]]) -> bool:
-    """Return whether a region inside the model returns what was memory of its own, and is not.
+    """Return whether a region returns what was memory of its own, and is not.
 
     A dropped activation may leave it as well as a merge.
     """
-    if not flow.region.path or flow.storages(node) & memory:
+    if flow.storages(node) & memory:
         return False
     [output] = (node for node in flow.region.graph.nodes if node.op == "output")
     return any(flow.storages(node) & flow.storages(one) for one in output.all_input_nodes)
+
+
+def _is_seen(flow: Flow, memory: frozenset[tuple[str, int]], dead: set[fx.Node]) -> bool:
+    """Return whether anyone but who is given what leaves the region may see into `memory`."""
+    if flow.region.path:
+        return True
+    holders = {n for n in flow.nodes if n.op != "output" and flow.storages(n) & memory}
+    return any(
+        node.op in ("placeholder", "get_attr")
+        or any(reader not in dead and reader not in holders for reader in flow.readers[node])
+        for node in holders
+    )
