@@ -88,9 +88,18 @@ class Flow:
         return value if isinstance(value, TensorFact) else None
 
     def same_shape(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether both compute one tensor each, and these have the same shape."""
-        first, second = self.fact(a), self.fact(b)
-        return first is not None and second is not None and first.shape == second.shape
+        """Whether both compute one tensor each, of the same shape at every batch size seen."""
+        elsewhere = self.region.facts.elsewhere
+        seen = [
+            (self.fact(a), self.fact(b)),
+            *zip(elsewhere.get(a, ()), elsewhere.get(b, ()), strict=False),
+        ]
+        return all(
+            isinstance(first, TensorFact)
+            and isinstance(second, TensorFact)
+            and first.shape == second.shape
+            for first, second in seen
+        )
 
     def same_kind(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether both compute one tensor each, of the same shape, dtype and device."""
