@@ -33,7 +33,7 @@ from blockprune.distributed import GlobalBatches
 from blockprune.errors import CriterionError, DataError, close_names
 from blockprune.inputs import infer_example_inputs
 from blockprune.randomness import preserved_rng, seed_rng
-from blockprune.tracing import Call, as_call, isolated, structural_copy
+from blockprune.tracing import Call, as_call, isolated, structural_copy, surroundings_kept
 
 __all__ = [
     "NoDataWarning",
@@ -173,7 +173,7 @@ def score_criteria(
     ranks = data if isinstance(data, GlobalBatches) else None
     if ranks is not None:
         ranks.check_same(model)
-    with isolated():
+    with isolated(), surroundings_kept(model):
         seed_rng(seed)
         if example_inputs is not None:
             example = as_call(model, example_inputs)

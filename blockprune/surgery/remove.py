@@ -34,6 +34,7 @@ from blockprune.tracing import (
     copy_model,
     isolated,
     structural_copy,
+    surroundings_kept,
 )
 
 __all__ = ["cut_blocks", "remove_blocks"]
@@ -124,59 +125,69 @@ def cut_blocks(
             f"{analysis.fingerprint[:12]}...). Make a plan for this model, or pass the model, the "
             "granularity and the kind of example inputs that it was made with."
         )
-    cuts = _resolve(analysis, plan.remove, plan.granularity)
-    _warn_of_approximation(cuts)
-    by_region: dict[Flow, list[Cut]] = {}
-    for cut in cuts:
-        by_region.setdefault(cut.flow, []).append(cut)
-    graphs = {
-        f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in by_region.items()
-    }
-    references = {f.region.path: reference_graph(f, group) for f, group in by_region.items()}
-    for region in analysis.traced.regions:
-        if region.path == "" and region.path not in graphs:
-            graphs[""], references[""] = copy_graph(region.graph)[0], copy_graph(region.graph)[0]
-    _refuse_compiled(model, graphs)
-    # A root that is a graph has no lists.
-    has_lists = "" not in graphs and bool(layers_to_take_out(model, analysis.cuts, cuts)[0])
-    with isolated(), memory_errors():
-        # The ticket itself, unless layers are yet to be taken out of it.
-        start = structural_copy if has_lists else copy_model
-        form = Settled(assemble(start(model), graphs, graph_module), graphs, {})
-    proof = proof_of_cut(model, analysis.traced, cuts, references, graphs, is_shortened=has_lists)
-    if has_lists:
-        form = settle(
-            model,
-            graphs,
-            analysis.cuts,
-            cuts,
-            proof,
-            # Its class and its configuration say what the layers of a shallower one are called.
-            renumbered=preserve_root and has_configuration(model),
-            told=preserve_root,
+    with surroundings_kept(model):
+        cuts = _resolve(analysis, plan.remove, plan.granularity)
+        _warn_of_approximation(cuts)
+        by_region: dict[Flow, list[Cut]] = {}
+        for cut in cuts:
+            by_region.setdefault(cut.flow, []).append(cut)
+        graphs = {
+            f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in by_region.items()
+        }
+        references = {f.region.path: reference_graph(f, group) for f, group in by_region.items()}
+        for region in analysis.traced.regions:
+            if region.path == "" and region.path not in graphs:
+                graphs[""], references[""] = (
+                    copy_graph(region.graph)[0],
+                    copy_graph(region.graph)[0],
+                )
+        _refuse_compiled(model, graphs)
+        # A root that is a graph has no lists.
+        has_lists = "" not in graphs and bool(layers_to_take_out(model, analysis.cuts, cuts)[0])
+        with isolated(), memory_errors():
+            # The ticket itself, unless layers are yet to be taken out of it.
+            start = structural_copy if has_lists else copy_model
+            form = Settled(assemble(start(model), graphs, graph_module), graphs, {})
+        proof = proof_of_cut(
+            model, analysis.traced, cuts, references, graphs, is_shortened=has_lists
         )
-    verified = form.verified
-    if verify and verified is None:
-        verified = proof.of(form.ticket)
-    if has_configuration(form.ticket):
-        check = partial(proof.of, form.ticket, form.name_of) if verify else lambda: None
-        fill_cache_slots(form.ticket, form.reference or model, check)
-    warn_of_lost_hooks(model, form.ticket, form.renamed, stacklevel=4)
-    warn_of_lost_checkpoints(model, form.ticket, analysis.traced.call, form.renamed, stacklevel=4)
-    warn_of_lost_statistics(model, _shared(analysis, by_region), analysis.traced.call, stacklevel=4)
-    record = TicketRecord(
-        plan=plan,
-        call=analysis.traced.call.described(),
-        preserve_root=preserve_root,
-        removed=_removed(analysis, cuts),
-        leaf_modules=analysis.traced.leaf_modules,
-        verified=verified.modes if verified else (),
-        compared=verified.compared if verified else (),
-        renamed=form.renamed,
-    )
-    earlier = record_of(model)
-    attach(form.ticket, record if earlier is None else _after(earlier, plan, record))
-    return form.ticket
+        if has_lists:
+            form = settle(
+                model,
+                graphs,
+                analysis.cuts,
+                cuts,
+                proof,
+                # Its class and its configuration say what the layers of a shallower one are called.
+                renumbered=preserve_root and has_configuration(model),
+                told=preserve_root,
+            )
+        verified = form.verified
+        if verify and verified is None:
+            verified = proof.of(form.ticket)
+        if has_configuration(form.ticket):
+            check = partial(proof.of, form.ticket, form.name_of) if verify else lambda: None
+            fill_cache_slots(form.ticket, form.reference or model, check)
+        warn_of_lost_hooks(model, form.ticket, form.renamed, stacklevel=4)
+        warn_of_lost_checkpoints(
+            model, form.ticket, analysis.traced.call, form.renamed, stacklevel=4
+        )
+        warn_of_lost_statistics(
+            model, _shared(analysis, by_region), analysis.traced.call, stacklevel=4
+        )
+        record = TicketRecord(
+            plan=plan,
+            call=analysis.traced.call.described(),
+            preserve_root=preserve_root,
+            removed=_removed(analysis, cuts),
+            leaf_modules=analysis.traced.leaf_modules,
+            verified=verified.modes if verified else (),
+            compared=verified.compared if verified else (),
+            renamed=form.renamed,
+        )
+        earlier = record_of(model)
+        attach(form.ticket, record if earlier is None else _after(earlier, plan, record))
+        return form.ticket
 
 
 def _refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:

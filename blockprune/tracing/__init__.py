@@ -15,6 +15,7 @@ from blockprune.tracing.guards import GUARDS
 from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.regions import NOT_EXECUTED, LeafModules, Region, TracedModel, trace_model
+from blockprune.tracing.state import surroundings_kept
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "map_tensors",
     "refused",
     "structural_copy",
+    "surroundings_kept",
     "tensors_in",
     "trace_model",
 ]

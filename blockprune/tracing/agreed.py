@@ -59,9 +59,7 @@ class Agreement:
             more are added.
     """
 
-    def __init__(
-        self, runs: Runs, module: nn.Module, path: str, called: dict[str, str]
-    ) -> None:
+    def __init__(self, runs: Runs, module: nn.Module, path: str, called: dict[str, str]) -> None:
         self.runs, self.module, self.path, self.called = runs, module, path, called
         self.main = self._lines(runs.main, 0)
         self.twins: list[tuple[Run, Lines, dict[int, int]]] = []
@@ -83,7 +81,9 @@ class Agreement:
             line = self.main.lines[number]
             setattr(line, name, replaced(getattr(line, name), tuple(where), value))
         bindings = [
-            dataclasses.replace(binding, is_constant=False) if binding.name in self.free else binding
+            dataclasses.replace(binding, is_constant=False)
+            if binding.name in self.free
+            else binding
             for binding in self._bindings(self.main.top)
         ]
         return graph_of(self.main, bindings, self.checks, others)
@@ -104,10 +104,7 @@ class Agreement:
                 return False
             self.twins.append(twins)
         conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
-        for condition in conditions:
-            if not condition():
-                return False
-        return True
+        return all(condition() for condition in conditions)
 
     # --- lines ----------------------------------------------------------------------------------
 
@@ -241,10 +238,17 @@ class Agreement:
     def _states(self) -> bool:
         """Guard the grad and autocast state, where the forward asks and goes by it."""
         asked = [(i, line) for i, line in enumerate(self.main.lines) if line.kind == "state"]
-        for what, other in (
-            ("grad", self.runs.without_grad),
-            ("autocast", self.runs.under_autocast),
-        ):
+        callable_ones = {line.path for _, line in asked if self._can_be_called(line.path)}
+        for path in callable_ones:
+            self.called[path] = "its forward goes by the grad or autocast state"
+        if callable_ones:
+            return False
+        conditions: tuple[tuple[str, bool, Callable[[], Run | None]], ...] = (
+            ("grad", self.runs.grad, self.runs.without_grad),
+            ("autocast", False, self.runs.under_autocast),
+            ("inference", False, lambda: None),
+        )
+        for what, value, other in conditions:
             reads = [(i, line) for i, line in asked if line.event.func == what]
             if not reads and not (what == "grad" and self._reads_grad()):
                 continue
@@ -252,9 +256,7 @@ class Agreement:
             if agrees is None:
                 return False
             if not agrees:
-                number, place = reads[0] if reads else (-1, None)
-                value = self.runs.grad if what == "grad" else False
-                code = "" if place is None else _place(place)
+                number, code = (reads[0][0], _place(reads[0][1])) if reads else (-1, "")
                 check = Check(expect_state, (what, value, code))
                 self.checks.setdefault(number, []).append(check)
         return True
@@ -314,9 +316,9 @@ class Agreement:
         """
         bindings = self._bindings(self.main.top) if self.path else []
         for binding in bindings:
-            if binding.is_constant and isinstance(binding.value, bool | None):
-                if self._frees(binding) is None:
-                    return False
+            may_be_free = binding.is_constant and isinstance(binding.value, bool | None)
+            if may_be_free and self._frees(binding) is None:
+                return False
         return True
 
     def _frees(self, binding: Binding) -> bool | None:
@@ -436,4 +438,3 @@ def _dtype(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variatio
                 if [found.ours, found.theirs] == numbers:
                     return Finfo(Ref(number), name)
     return None
-

@@ -150,9 +150,7 @@ class Lines:
     def _begins(self, number: int, path: str) -> bool:
         line = self.lines[number]
         return (
-            line.kind == "enter"
-            and isinstance(line.event, Invocation)
-            and line.event.path == path
+            line.kind == "enter" and isinstance(line.event, Invocation) and line.event.path == path
         )
 
     def relative(self, name: str) -> str:
@@ -174,7 +172,7 @@ class Lines:
             found = self.find(item)
             if found is None:
                 if isinstance(item.fact, str):
-                    raise Unresolved(path, f"uses a {item.fact}, which a graph cannot hold")
+                    raise Unresolved(path, f"builds a {item.fact}, which a graph cannot hold")
                 raise Unresolved(
                     path, "uses a tensor that is neither an input, a parameter nor a buffer of it"
                 )
@@ -370,4 +368,3 @@ def _with_keys(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Known, 
         return
     for key, item in _parts(value) or ():
         yield from _with_keys(item, (*keys, key))
-

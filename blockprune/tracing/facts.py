@@ -23,6 +23,7 @@ from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
 
 __all__ = ["Facts", "gather_facts"]
 
+
 @dataclasses.dataclass
 class Facts:
     """Facts of each node.

@@ -202,7 +202,9 @@ class _Writer:
     def _made(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs or {}))
         if self.line is not None:
-            node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.line.stack}
+            node.meta["nn_module_stack"] = {
+                key: (path, kind) for key, path, kind in self.line.stack
+            }
         return node
 
     # --- values ---------------------------------------------------------------------------------

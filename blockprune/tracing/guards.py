@@ -100,20 +100,22 @@ def expect_device(value: Tensor, expected: str, line: str) -> None:
 
 
 def expect_state(what: str, expected: bool, line: str) -> None:
-    """Refuse a call under another grad or autocast state than the graph was made under.
+    """Refuse a call under another grad, inference or autocast state than the graph was made under.
 
     Raises:
         TraceError: it is another.
     """
     if what == "grad":
         found = torch.is_grad_enabled()
+    elif what == "inference":
+        found = torch.is_inference_mode_enabled()
     else:
         found = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     if found is not expected:
         raise TraceError(
             f"this ticket was cut with {what} {'on' if expected else 'off'} and only knows that "
-            f"case. The forward asks for it at {line}. Call it the same way, or keep that module "
-            "as it is with leaf_modules."
+            f"case. The forward asks for it{f' at {line}' if line else ''}. Call it the same way, "
+            "or keep that module as it is with leaf_modules."
         )
 
 

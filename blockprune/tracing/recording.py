@@ -85,6 +85,7 @@ class Known:
         fact: a `TensorFact`, a number, or the name of the class of an object.
         memory: the storages that a tensor lies in.
         active: whether it depends on an argument of the model.
+        counted: whether its shape may depend on the numbers in a tensor.
         same_as: what an invocation that returned one of its arguments was given.
     """
 
@@ -92,6 +93,7 @@ class Known:
     memory: Memory = frozenset()
     origins: list[Origin] = dataclasses.field(default_factory=list)
     active: bool = False
+    counted: bool = False
     same_as: Known | None = None
 
 
@@ -238,8 +240,6 @@ def is_operation(module: nn.Module) -> bool:
         return True
     # A parametrized module has a class made for it, by torch.
     kind = parametrize.type_before_parametrizations(module)
-    if parametrize.is_parametrized(module):
-        return True
     if not kind.__module__.startswith(("torch.nn", "torch.ao")):
         return False
     if isinstance(module, nn.Sequential):
@@ -277,6 +277,18 @@ _DATA = frozenset(
     }
 )
 """Functions that hand numbers of a tensor, or its memory, to Python."""
+_COUNTING = frozenset(
+    {
+        "argwhere",
+        "bincount",
+        "masked_select",
+        "nonzero",
+        "repeat_interleave",
+        "unique",
+        "unique_consecutive",
+    }
+)
+"""Functions that return as many numbers as meet a condition."""
 _CHANGES = frozenset(
     {
         "__delete__",
@@ -309,12 +321,12 @@ _LAYOUTS = frozenset({"is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is
 _LISTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"})
 """Functions that return as many tensors as a size says."""
 _RANK = frozenset({"dim", "ndim", "ndimension"})
-_TYPE_READS = {"is_cuda": "device", "device": "device", "dtype": "dtype", "type": "dtype"}
 _STATE_READERS = {
     "is_grad_enabled": "grad",
-    "is_inference_mode_enabled": "grad",
+    "is_inference_mode_enabled": "inference",
     "is_autocast_enabled": "autocast",
     "is_autocast_cpu_enabled": "autocast",
+    "_is_any_autocast_enabled": "autocast",
     "get_autocast_dtype": "autocast",
     "get_autocast_gpu_dtype": "autocast",
     "get_autocast_cpu_dtype": "autocast",
@@ -417,22 +429,27 @@ class _Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Note who asks torch for the grad or autocast state."""
-        thread, before = threading.get_ident(), {}
-        for name, what in _STATE_READERS.items():
-            reader = getattr(torch, name, None)
-            if reader is not None:
-                before[name] = reader
-                setattr(torch, name, self._noting(reader, what, thread))
+        thread, before = threading.get_ident(), []
+        for holder in (torch, torch._C):
+            for name, what in _STATE_READERS.items():
+                reader = getattr(holder, name, None)
+                if reader is not None:
+                    before.append((holder, name, reader))
+                    setattr(holder, name, self._noting(reader, what, thread))
         try:
             yield
         finally:
-            for name, reader in before.items():
-                setattr(torch, name, reader)
+            for holder, name, reader in before:
+                setattr(holder, name, reader)
 
     def _noting(self, reader: Callable[..., Any], what: str, thread: int) -> Callable[..., Any]:
         def read(*args: Any, **kwargs: Any) -> Any:
             asks = sys._getframe(1).f_globals.get("__name__", "")
-            if threading.get_ident() == thread and not self.in_leaf and not asks.startswith("torch"):
+            if (
+                threading.get_ident() == thread
+                and not self.in_leaf
+                and not asks.startswith("torch")
+            ):
                 self.reads.add(what)
                 step = Step(self.open[-1], kind="state", func=what, line=user_line())
                 self.open[-1].events.append(step)
@@ -453,7 +470,11 @@ class _Recorder(TorchFunctionMode):
                 if _saving_hooks() != self.saving:
                     self.stop("uses activation checkpointing")
                 self._check_state()
-                self._open(Invocation(self.open[-1], path=path, kind=type(module), is_leaf=leaf), args, kwargs)
+                self._open(
+                    Invocation(self.open[-1], path=path, kind=type(module), is_leaf=leaf),
+                    args,
+                    kwargs,
+                )
             if not leaf:
                 return None
             self.in_leaf = 1
@@ -552,14 +573,12 @@ class _Recorder(TorchFunctionMode):
                 # torch makes an object of its own each time, by which it is known again.
                 step.result = self._know(value, (step, ()))
             return value
-        if name == "requires_grad":
+        if name in ("requires_grad", "grad_fn", "is_leaf"):
             self.reads.add("grad")
-        elif name in ("grad", "grad_fn", "_version"):
+        elif name in ("grad", "_version"):
             self.stop(f"reads the attribute {name!r} of a tensor")
         elif name in _RANK:
             self._leave_rank(tensor)
-        elif name == "is_leaf":
-            self.reads.add("grad")
         elif name in _LAYOUTS:
             if any(isinstance(origin, Argument) for origin, _ in self._lookup(tensor).origins):
                 return self.leave(getattr, (tensor, name), value, f"{name} of a tensor")
@@ -594,9 +613,7 @@ class _Recorder(TorchFunctionMode):
         ]
         return torch.Size(items) if name == "size" else tuple(items)
 
-    def _call(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _RANK and args:
             self._leave_rank(args[0])
             return func(*args, **kwargs)
@@ -656,9 +673,11 @@ class _Recorder(TorchFunctionMode):
 
     def _result(self, event: Step | Invocation, value: Any, active: bool) -> None:
         """Make known what a step or an invocation has returned."""
+        counted = _is_counted(event)
+
         def walk(item: Any, keys: tuple[Any, ...]) -> None:
             if isinstance(item, Tensor):
-                self._know(item, (event, keys), active=active)
+                self._know(item, (event, keys), active=active).counted |= counted
             elif type(item) in SIZES:
                 item.known.origins.append((event, keys))
             elif isinstance(item, tuple | list):
@@ -676,7 +695,9 @@ class _Recorder(TorchFunctionMode):
 
     # --- sizes ----------------------------------------------------------------------------------
 
-    def compute(self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str) -> Any:
+    def compute(
+        self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str
+    ) -> Any:
         if self.is_closed or self.in_leaf:
             return value
         step = Step(self.open[-1], self._encode(args), func=func, result=value)
@@ -684,7 +705,8 @@ class _Recorder(TorchFunctionMode):
         return self._sized(value, text, (step, ()))
 
     def _sized(self, value: Any, text: str, origin: Origin) -> Any:
-        return sized(value, text, Known(value, origins=[origin], active=True), self)
+        known = Known(value, origins=[origin], active=True, counted=_is_counted(origin[0]))
+        return sized(value, text, known, self)
 
     def leave(
         self,
@@ -699,6 +721,8 @@ class _Recorder(TorchFunctionMode):
         step = Step(self.open[-1], self._encode(args), self._encode(kwargs or {}), kind="leave")
         step.func, step.result, step.text, step.line = func, value, text, user_line()
         self.open[-1].events.append(step)
+        if _is_counted(step) and func is not torch.Tensor.dim:
+            self.stop("goes by how many numbers of a tensor meet a condition")
         return value
 
     # --- what is known --------------------------------------------------------------------------
@@ -813,6 +837,20 @@ def knowns(value: Any) -> Iterator[Known]:
         yield from knowns((value.start, value.stop, value.step))
 
 
+def _is_counted(event: Step | Invocation) -> bool:
+    """Whether the shape of a result may depend on the numbers in a tensor."""
+    if isinstance(event, Step) and event.kind == "call":
+        name = getattr(event.func, "__name__", "")
+        if name in _COUNTING or (name == "where" and len(event.args) == 1):
+            return True
+        if name == "__getitem__" and any(
+            isinstance(known.fact, TensorFact) and known.fact.dtype in (torch.bool, torch.uint8)
+            for known in knowns(event.args[1:])
+        ):
+            return True
+    return any(known.counted for known in knowns((event.args, event.kwargs)))
+
+
 def _replayed(value: Any, before: Any) -> Any:
     """Return arguments with each flag and None that they had before."""
     if before is None or type(before) is bool:
@@ -844,7 +882,3 @@ def _autocast_state() -> tuple[bool, ...]:
 def _saving_hooks() -> Any:
     """Return the hooks under which autograd saves tensors: those of activation checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _is_plain_enum(value: Any) -> bool:
-    return isinstance(value, enum.Enum)

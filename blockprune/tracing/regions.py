@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from blockprune.errors import TraceError, close_names, raise_if_out_of_memory
 from blockprune.randomness import seed_rng
 from blockprune.tracing.agreed import Agreement
-from blockprune.tracing.calls import Call, as_call, refused
+from blockprune.tracing.calls import Call, as_call
 from blockprune.tracing.copying import (
     copy_graph,
     isolated,
@@ -30,6 +31,7 @@ from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.graphs import drop_unused
 from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.runs import Runs
+from blockprune.tracing.state import surroundings_kept
 from blockprune.tracing.values import tensors_in
 
 __all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"]
@@ -40,6 +42,7 @@ LeafModules = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 _STRAY = "replacing this module by its graph changes the output of the model around it"
 _OPERATION = "it has no modules inside and no merge: it is called as it is"
 NOT_EXECUTED = "not executed by the example inputs"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
@@ -120,7 +123,7 @@ def trace_model(
     call = as_call(model, example_inputs)
     leaf_modules = [leaf_modules] if isinstance(leaf_modules, str | type) else list(leaf_modules)
     asked = _modules_asked_for(model, leaf_modules)
-    with isolated():
+    with isolated(), surroundings_kept(model):
         walk = _Walk(structural_copy(model), call, asked)
         if preserve_root:
             walk.descend("", ())
@@ -167,8 +170,8 @@ def _output(model: nn.Module, call: Call) -> list[Tensor]:
     """Return the tensors that a copy of a model, which is put in eval mode, returns."""
     inputs = call.map(lambda tensor: tensor.detach().clone())
     seed_rng(0)
-    with torch.no_grad():
-        return list(tensors_in(model.eval()(*inputs.args, **inputs.kwargs)))
+    output = model.eval()(*inputs.args, **inputs.kwargs)
+    return [tensor.detach() for tensor in tensors_in(output)]
 
 
 class _Walk:
@@ -177,7 +180,7 @@ class _Walk:
     def __init__(self, root: nn.Module, call: Call, asked: dict[str, str]) -> None:
         self.root = root
         self.asked = asked
-        self.runs = Runs(root, call, frozenset(asked))
+        self.runs = Runs(root, call)
         self.regions: list[Region] = []
         self.opaque: dict[str, str] = {}
         self.called = {
@@ -185,8 +188,12 @@ class _Walk:
             for path, module in root.named_modules()
             if path not in self.runs.merging and _is_small(module)
         }
+        for path, module in root.named_modules():
+            if parametrize.is_parametrized(module):
+                self.called[path] = "its weights are parametrized"
         for run in (self.runs.main, *self.runs.always()):
             self.called |= run.recording.stopped
+        self.called |= asked
         self._visited: set[int] = set()
 
     def attempt(self, path: str, order: tuple[int, ...]) -> None:
@@ -275,7 +282,8 @@ class _Walk:
         graphs = {region.path: region.graph for region in regions}
         model = assemble(structural_copy(self.root), graphs, lambda path, m, g: Followed(m, g))
         try:
-            return _agree(_output(model, self.runs.call), self.runs.expected)
+            with torch.set_grad_enabled(self.runs.grad):
+                return _agree(_output(model, self.runs.call), self.runs.expected)
         except Exception as error:
             raise_if_out_of_memory(error)
             # The code around a region may fail where it does not find what it looks for.

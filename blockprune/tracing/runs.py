@@ -51,14 +51,13 @@ class Runs:
     Args:
         root: a structural copy of the model, which is copied again for each run.
         call: the example inputs.
-        leaves: paths of modules that are one operation.
 
     Raises:
         TraceError: the model does not run on `call`; quotes what it says.
     """
 
-    def __init__(self, root: nn.Module, call: Call, leaves: frozenset[str]) -> None:
-        self.root, self.call, self.leaves = root, call, leaves
+    def __init__(self, root: nn.Module, call: Call) -> None:
+        self.root, self.call = root, call
         self._made: dict[str, Run | None] = {}
         self.grad = True
         self.main = self._first()
@@ -128,9 +127,7 @@ class Runs:
             str(dtype), self.call.map(cast), train=False, convert=lambda model: model.to(dtype)
         )
 
-    def of_part(
-        self, path: str, call: Call, called: Collection[str], replayed: Invocation
-    ) -> Run:
+    def of_part(self, path: str, call: Call, called: Collection[str], replayed: Invocation) -> Run:
         """Return the recording of one module, called another way than the model around it does.
 
         Raises:
@@ -213,7 +210,6 @@ class Runs:
                     train=train,
                     grad=grad,
                     sizes=sizes,
-                    leaves=self.leaves,
                     state=None if only is None else state,
                     keep_output=name == "eval",
                     shared=shared,
@@ -274,5 +270,3 @@ def other_batch(call: Call) -> Call | None:
         return tensor[:2].clone() if count > 2 else torch.cat([tensor, tensor[:1]])
 
     return call.map(wider)
-
-

@@ -21,7 +21,9 @@ __all__ = ["SIZES", "SizeFloat", "SizeInt", "plain", "same_size", "sized"]
 
 
 class _Recorder(Protocol):
-    def compute(self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str) -> Any:
+    def compute(
+        self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str
+    ) -> Any:
         """Write down a computation with sizes; return its value as a size."""
 
     def leave(self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str) -> Any:
@@ -109,7 +111,9 @@ class _Size:
         return self.recorder.leave(round, (self, digits), rounded, f"round({self.text})")
 
     def __ceil__(self) -> Any:
-        return self.recorder.compute(math.ceil, (self,), math.ceil(self.value), f"ceil({self.text})")
+        return self.recorder.compute(
+            math.ceil, (self,), math.ceil(self.value), f"ceil({self.text})"
+        )
 
     def __floor__(self) -> Any:
         value = math.floor(self.value)
@@ -235,9 +239,7 @@ def _unary(name: str, func: Callable[..., Any], sign: str) -> None:
         setattr(kind, f"__{name}__", compute)
 
 
-def _binary(
-    size: _Size, func: Callable[..., Any], operands: tuple[Any, Any], sign: str
-) -> Any:
+def _binary(size: _Size, func: Callable[..., Any], operands: tuple[Any, Any], sign: str) -> Any:
     if any(isinstance(operand, list | tuple | str) for operand in operands):
         # A sequence repeated, or a text with a size in it, is Python's own.
         return func(*(operator.index(o) if type(o) in SIZES else o for o in operands))  # type: ignore[arg-type]

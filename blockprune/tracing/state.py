@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from blockprune.tracing.values import TensorFact
 
-__all__ = ["Cell", "State"]
+__all__ = ["Cell", "State", "surroundings_kept"]
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
@@ -58,9 +58,7 @@ class State:
         only: names of the cells to watch; None for all.
     """
 
-    def __init__(
-        self, model: nn.Module, values: Any, only: frozenset[str] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, values: Any, only: frozenset[str] | None = None) -> None:
         self._model = model
         cells = [*_random_cells(), *_module_cells(model), *_code_cells(model), *_objects(values)]
         self.cells = [cell for cell in cells if only is None or cell.name in only]
@@ -79,6 +77,18 @@ class State:
     def restore(self) -> None:
         """Put back what lies outside the model."""
         for cell in self.cells:
+            if cell.restore is not None:
+                cell.restore()
+
+
+@contextlib.contextmanager
+def surroundings_kept(model: nn.Module) -> Iterator[None]:
+    """Put back globals, attributes of classes and caches that the code of `model` may change."""
+    cells = list(_code_cells(model))
+    try:
+        yield
+    finally:
+        for cell in cells:
             if cell.restore is not None:
                 cell.restore()
 
@@ -222,8 +232,10 @@ def _cell(name: str, holder: Any, attribute: str, value: Any) -> Iterator[Cell]:
         put_back = _put_back(value)
 
         def restore() -> None:
-            if vars(holder).get(attribute) is not value if attribute != "cell_contents" else (
-                holder.cell_contents is not value
+            if (
+                vars(holder).get(attribute) is not value
+                if attribute != "cell_contents"
+                else (holder.cell_contents is not value)
             ):
                 setattr(holder, attribute, value)
             put_back()

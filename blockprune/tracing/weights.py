@@ -17,7 +17,7 @@ class WritesWeights(Exception):
     """An operation was about to write into a weight that is not the copy's own."""
 
 
-class weights_protected(TorchDispatchMode):  # noqa: N801 - used as a context manager
+class weights_protected(TorchDispatchMode):
     """Raise `WritesWeights` before an operation writes into the memory of one of these tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
