@@ -218,15 +218,15 @@ class _Writer:
         return f"{name}()"
 
     def _unit(self, unit: Unit) -> str:
-        members = [f"self.f = {self.chain(unit.branch)}"]
+        members = [f"self.f = {self.chain(unit.branch[unit.escapes :])}"]
         given = "h" if unit.begins else "x * mask" if unit.masked else "x"
         forward = []
         if unit.begins:
             members.append(f"self.n = {self.chain(unit.begins)}")
             forward.append("h = self.n(x)")
         if unit.escapes:
-            forward += [f"f = inner = self.f[0]({given})", "for part in list(self.f)[1:]:"]
-            forward.append("    f = part(f)")
+            members.append(f"self.e = {self.part(unit.branch[0])}")
+            forward += [f"inner = self.e({given})", "f = self.f(inner)"]
         else:
             forward.append(f"f = self.f({given})")
         if unit.drop_path:
@@ -303,7 +303,7 @@ class _Writer:
         found = [
             f"self.body[{i}].f[{part.branch.index('conv')}].weight"
             for i, part in enumerate(self.recipe.body)
-            if isinstance(part, Unit) and "conv" in part.branch
+            if isinstance(part, Unit) and "conv" in part.branch and not part.escapes
         ]
         return [f"{found[1]} = {found[0]}"] if self.recipe.tied and len(found) > 1 else []
 

@@ -118,7 +118,7 @@ def _merges(part: Part, path: str) -> Iterator[_Merge]:
                 frozenset({"mutates_shortcut", "branch_escapes"} if writes else ()),
             )
     elif isinstance(part, Unit):
-        inner = tuple(_chain(part.branch, f"{path}.f"))
+        inner = tuple(_chain(part.branch[part.escapes :], f"{path}.f"))
         yield from inner
         if part.parallel:
             yield _Merge(path, "f", "f", frozenset(), inner)
