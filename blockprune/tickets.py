@@ -135,9 +135,9 @@ def load_ticket(
         preserve_root=header.preserve_root,
         leaf_modules=header.leaf_modules,
     )
-    ticket = cut_blocks(
-        dense_model, analysis, header.plan, verify=verify, preserve_root=header.preserve_root
-    )
+    # Plans of earlier versions do not say it.
+    how = {"preserve_root": header.preserve_root, "leaf_modules": header.leaf_modules}
+    ticket = cut_blocks(dense_model, analysis, header.plan.model_copy(update=how), verify=verify)
     _fill(ticket, tensors, header.aliases, path)
     return ticket
 

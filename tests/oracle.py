@@ -108,8 +108,15 @@ _RANDOM = {
 }
 
 
+_WHATEVER_THE_LAYOUT = ("multi_head_attention_forward", "scaled_dot_product_attention")
+"""These draw for values of their own, whose layout does not depend on what they are given."""
+
+
 class FixedDraws(TorchFunctionMode):
-    """Seed the generator before each random operation by its name, its shape and `salt`."""
+    """Seed the generator before each random operation by its name, its shape and `salt`.
+
+    What is drawn does not depend on the layout of the values in memory either.
+    """
 
     def __init__(self, salt: int = 0) -> None:
         super().__init__()
@@ -122,7 +129,21 @@ class FixedDraws(TorchFunctionMode):
         if name in _RANDOM:
             shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else args[:1]
             torch.manual_seed(zlib.crc32(f"{self.salt} {name} {shape}".encode()))
+            if args and isinstance(args[0], Tensor) and name not in _WHATEVER_THE_LAYOUT:
+                return _drawn_in_order(func, args[0], *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _drawn_in_order(func: Any, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Draw in the order of the indices: torch draws in that of the memory, which may differ."""
+    if given.is_contiguous():
+        return func(given, *args, **kwargs)
+    plain = given.contiguous()
+    version = plain._version
+    value = func(plain, *args, **kwargs)
+    if plain._version != version:
+        return given.copy_(plain)
+    return given if value is plain else value
 
 
 def fresh(inputs: Inputs) -> Inputs:

@@ -27,7 +27,7 @@ from blockprune.costs import (
 )
 from blockprune.errors import TraceError
 from blockprune.models import resnet20, resnet32, resnet44, resnet56
-from blockprune.plan import PruningPlan
+from blockprune.plan import PruningPlan, named_plan
 from blockprune.surgery import cut_blocks
 from blockprune.tracing import trace_model
 from tests import zoo
@@ -291,9 +291,7 @@ def _left_and_real(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Parameters and MACs left without these blocks: counted, and of the real ticket."""
     left = RemainingCosts(analysis).without(names)
-    plan = PruningPlan(
-        remove=names, granularity=analysis.granularity, fingerprint=analysis.fingerprint
-    )
+    plan = named_plan(analysis, names)
     real = model_costs(cut_blocks(model, analysis, plan, **options), inputs)
     return (left.params, left.macs), (real.params, real.macs)
 
@@ -310,9 +308,7 @@ def test_what_is_left_is_what_the_ticket_costs(entry: zoo.Entry, preserve_root: 
         with warnings.catch_warnings():
             # Pass-throughs that stay in a list are told of, and cost nothing.
             warnings.filterwarnings("ignore", message="pass-throughs stay")
-            left, real = _left_and_real(
-                net, inputs, analysis, chosen, verify=False, preserve_root=preserve_root
-            )
+            left, real = _left_and_real(net, inputs, analysis, chosen, verify=False)
         assert left == real, chosen
 
 
@@ -550,7 +546,7 @@ def test_parameters_that_no_forward_reads_stay_where_the_class_stays() -> None:
     model, x = nn.Sequential(Spare(), Spare()), torch.ones(2, 4)
     analysis = find_blocks(model, x, preserve_root=True)
     assert RemainingCosts(analysis).without(()).params == 2 * (20 + 7)
-    left, real = _left_and_real(model, x, analysis, analysis.names[:1], preserve_root=True)
+    left, real = _left_and_real(model, x, analysis, analysis.names[:1])
     assert left == (20 + 2 * 7, 2 * 4 * 4)
     # The ticket's graph of what it cut leaves them out, so it has fewer.
     assert real == (20 + 7, 2 * 4 * 4)

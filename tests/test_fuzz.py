@@ -13,7 +13,7 @@ import blockprune
 from tests.fuzz import laws
 from tests.fuzz.cases import failure
 from tests.fuzz.laws import problems
-from tests.fuzz.recipe import Loop, Recipe, Region, Unit, draw
+from tests.fuzz.recipe import BEGINNINGS, ORDERS, Layer, Loop, Recipe, Region, Unit, draw
 from tests.fuzz.shrink import kind, report, shrunk
 from tests.fuzz.source import source_of
 from tests.fuzz.truth import truth
@@ -39,6 +39,12 @@ FOUND = {
     ),
     "what left a region could not be written to by the code around it": Recipe(
         (Region((Unit(("conv",), after="relu_"), Loop((("conv",),)))), "relu_"), branching=True
+    ),
+    "a multiple of the input beside a layer was called a branch without parameters": Recipe(
+        (Unit((Layer(),), shortcut="scaled"),), dimensions=0
+    ),
+    "the oracle drew a dropout in the order of the memory": Recipe(
+        (Unit(("multihead",)), Unit(("functional_drop",))), dimensions=0
     ),
     "a layer inside a branch that goes was looked for once more": Recipe(
         (BLOCK, Unit((Region((Loop((("conv",), ("conv",))),)),), after="relu")), branching=True
@@ -68,6 +74,7 @@ def test_every_kind_of_part_is_drawn() -> None:
     wanted += ("items = nn.ModuleList", "blocks = nn.ModuleList", "self.g =", "inner", "x * mask")
     wanted += ("weight_norm", "Mode()", "bfloat16", "float64", "float16", "requires_grad_(False)")
     wanted += ("if y.sum()", "if self.training", "seen", 'batch["x"]', "f += x", "add_(", "alpha")
+    wanted += ("h = self.n(x)", "f + x + ", "x + (f + ", "f += ", "F.dropout(f + ")
     wanted += ("norm1(x +", "inplace=True", "].weight = ", "stride=2", "track_running_stats")
     assert [part for part in wanted if part not in text] == []
 
@@ -86,6 +93,16 @@ def test_the_command_spreads_cases_over_processes() -> None:
     assert run.stderr.startswith("3 cases, 0 failures")
 
 
+# Two branches in parallel, of which the fuzzer did not draw the order at first.
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("begins", BEGINNINGS, ids="+".join)
+def test_branches_in_parallel_keep_the_laws(order: str, begins: tuple[str, ...]) -> None:
+    part = Unit(("conv",), parallel=("bias_conv",), order=order, begins=begins)
+    for recipe in (Recipe((part, BLOCK)), Recipe((part,), dimensions=0, output="features")):
+        for choice in range(3):
+            assert problems(replace(recipe, choice=choice)) == []
+
+
 def test_the_truth_of_one_network_is_what_a_person_says_of_it() -> None:
     recipe = Recipe(
         body=(
@@ -95,6 +112,8 @@ def test_the_truth_of_one_network_is_what_a_person_says_of_it() -> None:
             Loop((("conv",), ("conv",))),
             Region((BLOCK, Unit(("pool",)))),
             Unit(("conv",), shortcut="projection"),
+            Unit(("conv", "conv"), escapes=True),
+            Unit(("conv", "gelu"), escapes=True),
         )
     )
     found = truth(recipe)
@@ -106,11 +125,13 @@ def test_the_truth_of_one_network_is_what_a_person_says_of_it() -> None:
         "body.3.blocks.0",
         "body.3.blocks.1",
         "body.4.items.0",
+        "body.6.f",
     ]
     assert found.refused == {
         "body.1": {"mutates_shortcut"},
         "body.4.items.1": {"no_parameters"},
         "body.5": {"projection_shortcut"},
+        "body.7": {"branch_escapes"},
     }
     assert found.nested["body.0"] == ("body.0.f.1",)
 

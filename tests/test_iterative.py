@@ -76,8 +76,7 @@ def test_every_net_can_be_pruned_step_by_step(
         return {b.name: float(len(names) - _index(names, b.name)) for b in context.blocks}
 
     planners = [
-        Planner(net, analysis, by_name, schedule=schedule, preserve_root=preserve_root)
-        for schedule in ("one-shot", "iterative")
+        Planner(net, analysis, by_name, schedule=schedule) for schedule in ("one-shot", "iterative")
     ]
     for p in range(len(names) + 1):
         assert len({planner.plan(p).remove for planner in planners}) == 1

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from blockprune.plan import (
     PruningPlan,
     budget_asked_for,
     make_plan,
+    named_plan,
     ranked,
 )
 
@@ -40,6 +41,8 @@ class Analysis:
     stages: tuple[Stage, ...]
     granularity: str = "branch"
     fingerprint: str = "f0"
+    preserve_root: bool = False
+    leaf_modules: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -238,6 +241,10 @@ def test_a_protected_block_protects_what_contains_it() -> None:
         (3.0, "pass the int p=3"),
         (True, "not True"),
         ("3", "not '3'"),
+        (None, "not None"),
+        ([1], r"not \[1\]"),
+        (1j, "not 1j"),
+        (np.bool_(True), "not np.True_"),
     ],
 )
 def test_budgets_that_make_no_sense(p: Any, message: str) -> None:
@@ -261,14 +268,14 @@ def test_no_block_at_all() -> None:
 @pytest.mark.parametrize("minimum", [-1, True, 1.0, "2"])
 def test_minimum_must_be_a_count(minimum: Any) -> None:
     with pytest.raises(PlanError, match="min_blocks_per_stage"):
-        make_plan(resnet(), min_blocks_per_stage=minimum)
+        make_plan(resnet(), p=1, min_blocks_per_stage=minimum)
 
 
 def test_a_pattern_without_a_match_gives_close_names() -> None:
     with pytest.raises(PlanError, match=r"'layer2\.9' matches no .* Did you mean layer2"):
-        make_plan(resnet(), protect=("layer1.*", "layer2.9"))
+        make_plan(resnet(), p=1, protect=("layer1.*", "layer2.9"))
     with pytest.raises(PlanError, match="takes patterns"):
-        make_plan(resnet(), protect=(3,))  # type: ignore[arg-type]
+        make_plan(resnet(), p=1, protect=(3,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -283,15 +290,15 @@ def test_a_pattern_without_a_match_gives_close_names() -> None:
 def test_scores_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     scores: dict[str, Any] = dict.fromkeys(resnet().names, 0.0) | change
     with pytest.raises(PlanError, match=message):
-        make_plan(resnet(), {name: value for name, value in scores.items() if value is not None})
+        make_plan(resnet(), {n: value for n, value in scores.items() if value is not None}, 1)
 
 
 def test_scores_of_another_model_or_granularity() -> None:
     scores = dict.fromkeys(resnet().names, 0.0)
     with pytest.raises(StalePlanError, match=r"f1.*f0"):
-        make_plan(resnet(), Table(scores, fingerprint="f1"))
+        make_plan(resnet(), Table(scores, fingerprint="f1"), 1)
     with pytest.raises(PlanError, match=r"'layer'.*'branch'"):
-        make_plan(resnet(), Table(scores, granularity="layer"))
+        make_plan(resnet(), Table(scores, granularity="layer"), 1)
 
 
 def _tampered(**changes: Any) -> str:
@@ -465,9 +472,9 @@ def test_the_cost_of_a_block_is_that_of_all_that_goes_with_it() -> None:
 
 def test_score_per_cost_needs_costs() -> None:
     with pytest.raises(PlanError, match=r"blockprune\.make_plan counts them"):
-        make_plan(resnet(), by="score_per_cost")
+        make_plan(resnet(), p=1, by="score_per_cost")
     with pytest.raises(PlanError, match=r"'score' or 'score_per_cost', not 'cost'"):
-        make_plan(resnet(), by="cost")
+        make_plan(resnet(), p=1, by="cost")
 
 
 @given(
@@ -508,10 +515,22 @@ def test_numbers_of_numpy_are_numbers(value: Any, plain: int | float) -> None:
 
 
 def test_one_budget_or_none() -> None:
-    assert budget_asked_for() == 1
     assert budget_asked_for(0) == 0
+    with pytest.raises(PlanError, match=r"how much is to go\. Give one of p, keep_macs"):
+        budget_asked_for()
     with pytest.raises(PlanError, match=r"p=1 and max_latency_ms=3 are 2 budgets\. Give one of p,"):
         budget_asked_for(1, max_latency_ms=3)
+
+
+def test_plans_say_how_the_model_was_looked_at() -> None:
+    analysis = replace(resnet(), preserve_root=True, leaf_modules=("Attention",))
+    for plan in (make_plan(analysis, p=1), named_plan(analysis, analysis.names[:1])):
+        assert (plan.preserve_root, plan.leaf_modules) == (True, ("Attention",))
+        assert PruningPlan.from_json(plan.to_json()) == plan
+        fields = json.loads(plan.to_json())
+        del fields["preserve_root"], fields["leaf_modules"]
+        earlier = PruningPlan.from_json(json.dumps(fields))
+        assert (earlier.preserve_root, earlier.leaf_modules) == (False, ())
 
 
 def test_a_plan_is_a_value() -> None:

@@ -50,9 +50,9 @@ def make_plan(
 ) -> PruningPlan:
     """Choose the blocks that go, lowest score first, until one budget is met.
 
-    At most one of the four budgets is given; p=1 if none is. Costs are those of the model and
-    the batch that were analysed, and of the *set* that goes: shared weights, nested blocks and what
-    two branches both read are counted as in the ticket.
+    One of the four budgets is given. Costs are those of the model and the batch that were analysed,
+    and of the *set* that goes: shared weights, nested blocks and what two branches both read are
+    counted as in the ticket.
 
     Args:
         analysis: of the model.
@@ -145,7 +145,6 @@ class Planner:
         by, protect, min_blocks_per_stage: see `make_plan`.
         schedule: "one-shot": all blocks are scored once. "iterative": after each removal, those
             that are left are scored again.
-        preserve_root: as the analysis was made.
     """
 
     model: nn.Module
@@ -158,7 +157,6 @@ class Planner:
     schedule: str = "one-shot"
     protect: str | tuple[str, ...] = ()
     min_blocks_per_stage: int = 0
-    preserve_root: bool = False
     max_batches: int | None = None
     max_cache_bytes: int | None = None
 
@@ -191,9 +189,7 @@ class Planner:
         goal = self._goals.of(asked)
         if self.schedule == "one-shot":
             return self._plan_once(self._dense_scores, goal)
-        rounds = Rounds(
-            self.analysis, self._dense_scores, self._score, preserve_root=self.preserve_root
-        )
+        rounds = Rounds(self.analysis, self._dense_scores, self._score)
         selection = Selection(self.analysis, self.protect, self.min_blocks_per_stage)
         if rounds.choose(selection, goal, self.by, self._costs(goal)):
             return rounds.as_plan(selection, goal)

@@ -54,7 +54,7 @@ def prune(
         model: the dense model, or a ticket to cut further.
         criterion: a name in `blockprune.criteria.CRITERIA`, or a callable of that protocol.
         p: how many blocks go: an int is a count, a float a share of the removable ones, rounded
-            down. At most one of the four budgets is given; p=1 if none is.
+            down. One of the four budgets is given.
         keep_macs: the MACs that may be left: a float is a share of the dense model's, an int a
             number.
         keep_params: the parameters that may be left, likewise.
@@ -127,15 +127,12 @@ def prune(
         schedule,
         protect if isinstance(protect, str) else tuple(protect),
         min_blocks_per_stage,
-        preserve_root,
         max_batches,
         max_cache_bytes,
     )
     _refuse_if_hopeless(model, analysis, asked)
     planner.check(asked)
-    return cut_blocks(
-        model, analysis, planner.plan(asked), verify=verify, preserve_root=preserve_root
-    )
+    return cut_blocks(model, analysis, planner.plan(asked), verify=verify)
 
 
 def _example_of(model: nn.Module, seed: int) -> Any:

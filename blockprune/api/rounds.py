@@ -29,7 +29,6 @@ class Rounds:
         analysis: of the dense model.
         first: the scores of all its blocks.
         score: what scores a ticket, given its analysis.
-        preserve_root: as the analysis was made.
 
     Attributes:
         table: for each block the score that it went with, or its latest one. A block that has none
@@ -41,13 +40,10 @@ class Rounds:
         analysis: BlockAnalysis,
         first: ScoreTable,
         score: Callable[[nn.Module, BlockAnalysis], ScoreTable],
-        *,
-        preserve_root: bool = False,
     ) -> None:
         self.table = first
         self._analysis = analysis
         self._score = score
-        self._preserve_root = preserve_root
 
     def choose(
         self, selection: Selection, goal: Goal, by: str, costs: Remaining | None = None
@@ -78,8 +74,8 @@ class Rounds:
             ticket,
             self._analysis.traced.call,
             self._analysis.granularity,
-            preserve_root=self._preserve_root,
-            leaf_modules=_left_in(ticket, self._analysis.traced.leaf_modules),
+            preserve_root=self._analysis.preserve_root,
+            leaf_modules=_left_in(ticket, self._analysis.leaf_modules),
         )
         with warnings.catch_warnings():
             # Said of the first scores.

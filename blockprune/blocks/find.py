@@ -79,7 +79,7 @@ def find_blocks(
         traced = trace_model(
             model, example_inputs, preserve_root=preserve_root, leaf_modules=leaf_modules
         )
-        return _analyse(traced, granularity)
+        return dataclasses.replace(_analyse(traced, granularity), preserve_root=preserve_root)
 
 
 def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:

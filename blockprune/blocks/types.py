@@ -103,6 +103,7 @@ class BlockAnalysis:
         fingerprint: identifies the structure (not the weights) that was analysed.
         stages: the residual merges grouped by shape.
         traced: the graphs behind it.
+        preserve_root: whether it was made to keep the root's class.
     """
 
     blocks: tuple[ResidualBlock, ...]
@@ -112,6 +113,12 @@ class BlockAnalysis:
     stages: tuple[Stage, ...]
     traced: TracedModel = dataclasses.field(repr=False, compare=False)
     cuts: Cuts = dataclasses.field(repr=False, compare=False)
+    preserve_root: bool = False
+
+    @property
+    def leaf_modules(self) -> tuple[str, ...]:
+        """The modules that were not to be looked into, as asked for, classes by name."""
+        return self.traced.leaf_modules
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -76,7 +76,6 @@ class Workbench:
             schedule=recipe.schedule,
             protect=recipe.protect,
             min_blocks_per_stage=recipe.min_blocks_per_stage,
-            preserve_root=recipe.preserve_root,
             max_cache_bytes=recipe.max_cache_bytes,
         )
         for budget in budgets:
@@ -85,4 +84,4 @@ class Workbench:
 
     def cut(self, plan: PruningPlan) -> nn.Module:
         """Cut the ticket of a plan; it is verified against the dense model."""
-        return cut_blocks(self.model, self.analysis, plan, preserve_root=self.recipe.preserve_root)
+        return cut_blocks(self.model, self.analysis, plan)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +215,8 @@ class Grasp:
     `theta` are all convolution and linear weights of the model, the losses those of logits
     divided by `temperature`. The unit is that of the loss, squared, over that of a weight, squared.
 
-    Reads the first batch, with labels; ten samples of each class are usual. Made for a network at
+    Reads the first batch, with labels; ten samples of each class are usual. Two or three samples
+    are not split where a half of one could not be batch-normalised. Made for a network at
     initialisation; needs no training.
 
     Args:
@@ -277,10 +278,12 @@ def saliencies(
 ) -> list[list[T]]:
     """Return `of(theta * H_h g)` of each tensor of `theta`, for each half `h` of the first batch.
 
+    There is one, the whole batch, where that is too small to be split.
+
     `among`: 1 for each single weight that exists, 0 for one that is masked and takes no part in
     the gradient flow; None: all exist.
     """
-    halves = _halves(context.first_batch())
+    batch = context.first_batch()
     # Fused attention kernels have no second derivative; the plain one does.
     with (
         torch.enable_grad(),
@@ -288,6 +291,7 @@ def saliencies(
         sdpa_kernel(SDPBackend.MATH),
         failures("grasp"),
     ):
+        halves = _halves(context, batch)
         gradient = summed(
             gradient_of(loss_of(context, half, temperature), theta) for half in halves
         )
@@ -354,11 +358,36 @@ def _check_differentiable(z: Tensor) -> None:
         waiting.extend(following for following, _ in node.next_functions)
 
 
-def _halves(batch: Batch) -> tuple[Batch, Batch]:
+def _halves(context: ScoringContext, batch: Batch) -> tuple[Batch, ...]:
+    """Return the two halves of a batch; the batch alone if a half is too small to be normalised."""
     size = len(batch)
     if size < 2:
         raise DataError(
             f"GraSP splits the batch in two halves, so it needs at least 2 samples, not {size}. "
             "Ten of each class are usual."
         )
-    return batch.part(0, size // 2), batch.part(size // 2, size)
+    middle = size // 2
+    if middle == 1 and _normalises_single_values(context, batch):
+        return (batch,)
+    return batch.part(0, middle), batch.part(middle, size)
+
+
+def _normalises_single_values(context: ScoringContext, batch: Batch) -> bool:
+    """Whether some batch norm is given one value per channel and sample.
+
+    In training it refuses a single sample then, of which there is no variance.
+    """
+    found: list[bool] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].numel() == args[0].shape[0] * args[0].shape[1])
+
+    norms = [m for m in context.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        with torch.no_grad():
+            context.outputs(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(found)

@@ -159,7 +159,7 @@ def _grasp(context: ScoringContext, weights: Weights) -> dict[str, Tensor]:
     theta = distinct((weights, context.all_trainable_weights()))
     halves = saliencies(context, theta, GRASP_TEMPERATURE, of=_means)
     # `weights` come first in `theta`.
-    return {name: a + b for name, a, b in zip(weights, *halves, strict=False)}
+    return dict(zip(weights, summed(halves), strict=False))
 
 
 def _check_trainable(criterion: str, weights: Weights) -> None:

@@ -13,7 +13,7 @@ blocks, or a bound on what is left of the model. Three rules can stop a block fr
 from __future__ import annotations
 
 from blockprune.plan.goals import CostGoal, CountGoal, Goal, Remaining
-from blockprune.plan.making import as_plan, make_plan
+from blockprune.plan.making import as_plan, make_plan, named_plan
 from blockprune.plan.ranking import RANKINGS, checked_scores, ranked
 from blockprune.plan.selection import Selection
 from blockprune.plan.values import PLAN_VERSION, Budget, PruningPlan, budget_asked_for
@@ -32,5 +32,6 @@ __all__ = [
     "budget_asked_for",
     "checked_scores",
     "make_plan",
+    "named_plan",
     "ranked",
 ]

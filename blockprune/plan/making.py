@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from blockprune.granularity import Granularity
 from blockprune.plan.goals import CostGoal, CountGoal, Goal, Remaining
 from blockprune.plan.ranking import checked_scores, ranked
 from blockprune.plan.selection import Selection
 from blockprune.plan.structure import Analysis, Block, Scores
 from blockprune.plan.values import PruningPlan, checked_p
 
-__all__ = ["as_plan", "make_plan"]
+__all__ = ["as_plan", "make_plan", "named_plan"]
 
 
 def make_plan(
@@ -33,8 +34,7 @@ def make_plan(
         scores: a `ScoreTable`, or a mapping from block name to number; None: all equal, so
             that blocks go in order of execution.
         p: an int is a count of blocks, 0 for none; a float is a share in [0, 1] of the removable
-            blocks, rounded down. A block that contains others counts with them. Without `goal`,
-            None is 1.
+            blocks, rounded down. A block that contains others counts with them.
         goal: in place of `p`.
         by: "score" or "score_per_cost", see `blockprune.plan.ranking.ranked`.
         costs: what "score_per_cost" divides by.
@@ -59,7 +59,7 @@ def make_plan(
         ('layer1.1', 'layer1.2')
     """
     if goal is None:
-        goal = CountGoal(1 if p is None else checked_p(p), analysis)
+        goal = CountGoal(checked_p(p), analysis)
     selection = Selection(analysis, protect, min_blocks_per_stage)
     criterion, values = checked_scores(analysis, scores)
     order = ranked(analysis.blocks, values, by, costs)
@@ -88,6 +88,24 @@ def as_plan(
         p=goal.p,
         budget=goal.budget,
         fingerprint=analysis.fingerprint,
+        preserve_root=analysis.preserve_root,
+        leaf_modules=analysis.leaf_modules,
+    )
+
+
+def named_plan(
+    analysis: Analysis, names: Iterable[str], granularity: Granularity | None = None
+) -> PruningPlan:
+    """Return the plan that removes blocks by name, whatever they score.
+
+    `granularity`: of the names; None: that of the analysis.
+    """
+    return PruningPlan(
+        remove=tuple(names),
+        granularity=granularity or analysis.granularity,
+        fingerprint=analysis.fingerprint,
+        preserve_root=analysis.preserve_root,
+        leaf_modules=analysis.leaf_modules,
     )
 
 

@@ -80,6 +80,9 @@ class PruningPlan(BaseModel):
             names were given.
         budget: what was asked for in place of `p`.
         fingerprint: of the analysis, which identifies the structure that the plan is for.
+        preserve_root: whether the analysis was made to keep the root's class, which cutting by the
+            plan then does.
+        leaf_modules: what the analysis was told not to look into, classes by name.
         version: of this format.
 
     Example:
@@ -97,6 +100,8 @@ class PruningPlan(BaseModel):
     p: StrictInt | StrictFloat | None = None
     budget: Budget | None = None
     fingerprint: Name
+    preserve_root: bool = False
+    leaf_modules: tuple[Name, ...] = ()
     version: Literal[1] = PLAN_VERSION
 
     @field_validator("remove")
@@ -151,10 +156,10 @@ def budget_asked_for(
     keep_params: object = None,
     max_latency_ms: object = None,
 ) -> int | float | Budget:
-    """Return the one budget that is given: `p`, a number of blocks, or a `Budget`; p=1 if none is.
+    """Return the one budget that is given: `p`, a number of blocks, or a `Budget`.
 
     Raises:
-        PlanError: there are two, or the value makes no sense.
+        PlanError: there are two or none, or the value makes no sense.
 
     Example:
         >>> budget_asked_for(keep_params=0.25)
@@ -175,7 +180,9 @@ def budget_asked_for(
     for kind, value in limits.items():
         if value is not None:
             return Budget(kind=kind, value=_checked_value(kind, value))
-    return 1 if p is None else checked_p(p)
+    if p is None:
+        raise PlanError(f"It is not said how much is to go. Give one of p, {', '.join(limits)}.")
+    return checked_p(p)
 
 
 def checked_p(p: object) -> int | float:

@@ -9,7 +9,7 @@ from torch import nn
 
 from blockprune.blocks import BlockAnalysis
 from blockprune.errors import ApproximationWarning
-from blockprune.plan import PruningPlan
+from blockprune.plan import named_plan
 from blockprune.surgery import cut_blocks
 
 __all__ = ["trial_ticket"]
@@ -23,13 +23,9 @@ def trial_ticket(analysis: BlockAnalysis, names: Collection[str]) -> nn.Module:
     the code around the lists allows that is only known by trying.
     """
     traced = analysis.traced
-    plan = PruningPlan(
-        remove=tuple(name for name in analysis.names if name in names),
-        granularity=analysis.granularity,
-        fingerprint=analysis.fingerprint,
-    )
+    plan = named_plan(analysis, (name for name in analysis.names if name in names))
     is_graph = any(region.path == "" for region in traced.regions)
     with warnings.catch_warnings():
         # The ticket that is kept says so.
         warnings.simplefilter("ignore", ApproximationWarning)
-        return cut_blocks(traced.root, analysis, plan, verify=not is_graph)
+        return cut_blocks(traced.root, analysis, plan, verify=not is_graph, renumber=False)

@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
-from blockprune.errors import ApproximationWarning, StalePlanError, TraceError, memory_errors
+from blockprune.errors import (
+    ApproximationWarning,
+    PlanError,
+    StalePlanError,
+    TraceError,
+    memory_errors,
+)
 from blockprune.granularity import Granularity
-from blockprune.plan import PruningPlan
+from blockprune.plan import PruningPlan, named_plan
 from blockprune.surgery.caches import fill_cache_slots
 from blockprune.surgery.claims import proof_of_cut
 from blockprune.surgery.configuration import has_configuration
@@ -47,8 +53,8 @@ def remove_blocks(
     *,
     granularity: str = "branch",
     verify: bool = True,
-    preserve_root: bool = False,
-    leaf_modules: LeafModules = (),
+    preserve_root: bool | None = None,
+    leaf_modules: LeafModules | None = None,
 ) -> nn.Module:
     """Return a shallower copy of `model`: the ticket, with the named blocks gone.
 
@@ -66,12 +72,13 @@ def remove_blocks(
             branch and a layer share a name, and "layer_approx" allows post-norm layers. A plan has
             its own.
         verify: prove the equality on `example_inputs` before returning.
-        preserve_root: keep the root module's class and methods. Layers that became a pass-through
+        preserve_root: keep the root module's class and methods; None: as the plan's analysis did,
+            else no. Layers that became a pass-through
             are taken out of the `ModuleList` or `Sequential` that holds them; those behind keep
             their names. In a transformers model they move up, and its configuration follows. Where
             branches of a layer stay, the child of the root that holds it becomes a graph.
         leaf_modules: modules that are called and not looked into: classes, names of classes, or
-            `fnmatch` patterns of qualified names.
+            `fnmatch` patterns of qualified names; None: those of the plan, else none.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
@@ -80,6 +87,8 @@ def remove_blocks(
     Raises:
         BlockNotFoundError, BlockNotRemovableError: a name is not that of a removable block.
         StalePlanError: the plan was made for a model of another structure.
+        PlanError: neither a plan nor names, or a plan that was made with other `preserve_root` or
+            `leaf_modules`.
         VerificationError: the ticket is not equal to its reference; nothing is returned.
         TraceError: the model does not run on `example_inputs`, or a block is inside what
             `torch.compile` returned.
@@ -92,21 +101,22 @@ def remove_blocks(
         >>> sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in ticket.parameters())
         4704
     """
-    if isinstance(plan_or_names, PruningPlan):
-        granularity = plan_or_names.granularity
+    asked = _names_of(plan_or_names)
+    plan = asked if isinstance(asked, PruningPlan) else None
+    if preserve_root is None:
+        preserve_root = plan is not None and plan.preserve_root
+    if leaf_modules is None:
+        leaf_modules = () if plan is None else plan.leaf_modules
     analysis = find_blocks(
         model,
         example_inputs,
-        granularity,
+        granularity if plan is None else plan.granularity,
         preserve_root=preserve_root,
         leaf_modules=leaf_modules,
     )
-    if isinstance(plan_or_names, PruningPlan):
-        plan = plan_or_names
-    else:
-        names = [plan_or_names] if isinstance(plan_or_names, str) else list(plan_or_names)
-        plan = _plan_of_names(analysis, names)
-    return cut_blocks(model, analysis, plan, verify=verify, preserve_root=preserve_root)
+    if not isinstance(asked, PruningPlan):
+        asked = _plan_of_names(analysis, asked)
+    return cut_blocks(model, analysis, asked, verify=verify)
 
 
 def cut_blocks(
@@ -115,9 +125,14 @@ def cut_blocks(
     plan: PruningPlan,
     *,
     verify: bool = True,
-    preserve_root: bool = False,
+    renumber: bool = True,
 ) -> nn.Module:
-    """Carry out `plan` on `model`, which `analysis` was made of; see `remove_blocks`."""
+    """Carry out `plan` on `model`, which `analysis` was made of; see `remove_blocks`.
+
+    `renumber`: whether layers of a kept root may move up in their lists.
+    """
+    _check_how(analysis, plan)
+    preserve_root = analysis.preserve_root
     if plan.fingerprint != analysis.fingerprint:
         raise StalePlanError(
             f"the plan was made for a model of another structure (fingerprint "
@@ -159,8 +174,8 @@ def cut_blocks(
                 cuts,
                 proof,
                 # Its class and its configuration say what the layers of a shallower one are called.
-                renumbered=preserve_root and has_configuration(model),
-                told=preserve_root,
+                renumbered=renumber and preserve_root and has_configuration(model),
+                told=renumber and preserve_root,
             )
         verified = form.verified
         if verify and verified is None:
@@ -188,6 +203,42 @@ def cut_blocks(
         earlier = record_of(model)
         attach(form.ticket, record if earlier is None else _after(earlier, plan, record))
         return form.ticket
+
+
+def _names_of(plan_or_names: PruningPlan | str | Iterable[str]) -> PruningPlan | list[str]:
+    """Return a plan as it is, names as a list.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    if isinstance(plan_or_names, PruningPlan):
+        return plan_or_names
+    if isinstance(plan_or_names, str):
+        return [plan_or_names]
+    if isinstance(plan_or_names, Iterable):
+        names = list(plan_or_names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise PlanError(
+        f"What is to go is a PruningPlan, or names of blocks, not {plan_or_names!r}. "
+        "blockprune.make_plan chooses a number of blocks; find_blocks lists their names."
+    )
+
+
+def _check_how(analysis: BlockAnalysis, plan: PruningPlan) -> None:
+    """Refuse a plan for a model that was looked at in another way.
+
+    Raises:
+        PlanError: says what differs.
+    """
+    for name in ("preserve_root", "leaf_modules"):
+        made, found = getattr(plan, name), getattr(analysis, name)
+        if made != found:
+            raise PlanError(
+                f"the plan was made with {name}={made!r}, and the model was now analysed with "
+                f"{name}={found!r}. Leave {name} out, and that of the plan is used; or make a plan "
+                f"of find_blocks(..., {name}={found!r})."
+            )
 
 
 def _refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
@@ -221,6 +272,8 @@ def _after(earlier: TicketRecord, plan: PruningPlan, record: TicketRecord) -> Ti
         scores={},
         p=None,
         fingerprint=earlier.plan.fingerprint,
+        preserve_root=plan.preserve_root,
+        leaf_modules=plan.leaf_modules,
     )
     moved = {new: translated(old, earlier.renamed) for new, old in record.renamed.items()}
     return dataclasses.replace(
@@ -235,14 +288,7 @@ def _after(earlier: TicketRecord, plan: PruningPlan, record: TicketRecord) -> Ti
 def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
     """Return the plan that removes these blocks and those nested in them."""
     cuts = _resolve(analysis, names, analysis.granularity)
-    return PruningPlan(
-        remove=_removed(analysis, cuts),
-        granularity=_granularity_of(cuts),
-        criterion=None,
-        scores={},
-        p=None,
-        fingerprint=analysis.fingerprint,
-    )
+    return named_plan(analysis, _removed(analysis, cuts), _granularity_of(cuts))
 
 
 def _removed(analysis: BlockAnalysis, cuts: Iterable[Cut]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+import blockprune
 from blockprune.blocks import ResidualBlock, find_blocks
 from blockprune.criteria import CRITERIA, Criterion, Grasp, ScoringContext, Snip, ZeroScoresWarning
 from blockprune.criteria.gradient import GradNorm, Taylor
@@ -423,13 +424,64 @@ def test_grasp_needs_two_samples() -> None:
         Grasp()(context(model, images, labels))
 
 
-def test_halves_too_small_for_batch_statistics_quote_the_model() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3), nn.BatchNorm1d(3)).double()
-    images, labels = pair(2)
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+@pytest.mark.parametrize("flat", [True, False], ids=["one value", "a map"])
+def test_a_half_of_one_is_split_off_only_where_it_can_be_normalised(size: int, flat: bool) -> None:
+    torch.manual_seed(0)
+    norm: list[nn.Module] = [nn.Flatten(), nn.Linear(108, 3), nn.BatchNorm1d(3)]
+    if not flat:
+        norm = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 3)]
+    model = nn.Sequential(*norm).double()
+    images, labels = pair(size)
     scoring = context(model, images, labels)
-    scoring.blocks = (ResidualBlock("1", "", 1, (2, 3), 0, ("1",), (), ("1.weight",)),)
-    with pytest.raises(DataError, match="more than 1 value per channel"):
-        Grasp()(scoring)
+    weight = "1.weight" if flat else "0.weight"
+    scoring.blocks = (ResidualBlock("0", "", 1, (size, 3), 0, ("0",), (), (weight,)),)
+    state = copy.deepcopy(model.state_dict())
+    found = Grasp("sum")(scoring)["0"]
+    assert found == pytest.approx(_grasp_of(model, weight, images, labels, whole=flat and size < 4))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def _grasp_of(
+    model: nn.Module, weight: str, images: Tensor, labels: Tensor, *, whole: bool
+) -> float:
+    """The sum of theta * Hg, by the Hessian-vector products of torch.autograd.functional."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    names = [f"{name}.weight" for name, m in model.named_modules() if m in layers]
+    theta = tuple(model.get_parameter(name).detach() for name in names)
+    parts = [slice(None)] if whole else [slice(len(images) // 2), slice(len(images) // 2, None)]
+
+    def loss_of(part: slice) -> Callable[..., Tensor]:
+        def loss(*values: Tensor) -> Tensor:
+            twin = copy.deepcopy(model).train()
+            given = dict(zip(names, values, strict=True))
+            logits = torch.func.functional_call(twin, given, (images[part],))
+            return functional.cross_entropy(logits / TEMPERATURE, labels[part])
+
+        return loss
+
+    calls = [loss_of(part) for part in parts]
+    gradients = [torch.autograd.functional.jacobian(call, theta) for call in calls]
+    g = tuple(map(sum, zip(*gradients, strict=True)))
+    products = [torch.autograd.functional.hvp(call, theta, g)[1] for call in calls]
+    place = names.index(weight)
+    return float(sum((theta[place] * product[place]).sum() for product in products))
+
+
+def test_two_samples_are_enough_for_a_network_that_ends_in_one_value_per_channel() -> None:
+    class Tail(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Tail(), Tail(), nn.Linear(6, 3))
+    for size in (2, 3):
+        data = torch.randn(size, 6), torch.arange(size) % 3
+        assert set(blockprune.score_blocks(model, "grasp", data).scores) == {"0", "1"}
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -19,13 +19,22 @@ FRESH = ("conv", "norm", "bias_conv", "pool")
 """Operations whose result is a new tensor that autograd does not need again."""
 
 MERGES = ("add", "add", "radd", "iadd", "torch", "alpha", "alpha_one", "method", "add_")
+ORDERS = ("", "f + x + g", "f + g + x", "x + (f + g)", "f + (g + x)", "f += g", "dropped")
+"""How two branches in parallel are added to x; "": one after the other."""
+
+BEGINNINGS = ((), ("norm",), ("norm", "relu_"), ("norm", "drop"), ("conv", "gelu"), ("scale",))
+"""What two branches in parallel may share."""
+
 SHORTCUTS = ("identity",) * 8 + ("module", "empty", "clone", "scaled", "projection", "down")
 AFTER = ("", "", "relu", "relu_", "relu_", "functional_relu_", "relu6", "gelu", "norm")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """after(shortcut(x) merged with branch(x)), and a second branch in parallel where given."""
+    """after(shortcut(x) merged with branch(x)), and a second branch in parallel where given.
+
+    `order`: in which two branches in parallel are added; `begins`: what both start with.
+    """
 
     branch: tuple[Part, ...]
     merge: str = "add"
@@ -35,6 +44,8 @@ class Unit:
     escapes: bool = False
     masked: bool = False  # the branch reads a second input of the network
     drop_path: bool = False
+    order: str = ""
+    begins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,9 @@ def _sound(unit: Unit) -> Unit:
     is_fresh = isinstance(last, str) and last in FRESH and not unit.drop_path
     if unit.merge in ("iadd", "add_") and not is_fresh:
         unit = replace(unit, merge="add")  # something behind needs the value for its gradient
+    if unit.escapes and len(unit.branch) > 1 and unit.branch[1] not in FRESH:
+        # What lies behind the value that escapes writes into nothing but values of its own.
+        unit = replace(unit, branch=(unit.branch[0], "conv", *unit.branch[1:]))
     if unit.merge == "shortcut_add_" and (unit.escapes or unit.masked):
         unit = replace(unit, merge="add")
     return unit
@@ -184,10 +198,30 @@ def draw(seed: int, case: int) -> Recipe:
         frozen=rng.choice(("", "", "", "half", "stem", "most")),
         choice=rng.randrange(2**30),
     )
+    recipe = replace(recipe, body=_shared(recipe.body, Random(f"{seed}/{case}/shared")))
     again = [i for i, part in enumerate(recipe.body) if isinstance(part, Unit) and _flat(part)]
     if again and rng.random() < 0.12:
         recipe = replace(recipe, again=rng.choice(again))
     return recipe
+
+
+def _shared(parts: tuple[Part, ...], rng: Random) -> tuple[Part, ...]:
+    """Return the parts with an order, and a beginning, for each two branches in parallel."""
+    return tuple(_sharing(part, rng) for part in parts)
+
+
+def _sharing(part: Part, rng: Random) -> Part:
+    if isinstance(part, Region):
+        return Region(_shared(part.items, rng))
+    if not isinstance(part, Unit):
+        return part
+    part = replace(part, branch=_shared(part.branch, rng))
+    if not part.parallel:
+        return part
+    order, begins = rng.choice(ORDERS), rng.choice(BEGINNINGS)
+    if order == "f += g" and (part.branch[-1] not in FRESH or part.drop_path):
+        order = "x + (f + g)"  # something behind needs f for its gradient
+    return replace(part, order=order, begins=begins)
 
 
 def _flat(unit: Unit) -> bool:

@@ -113,6 +113,15 @@ MERGES = {
     "add_": "y = f.add_({x})",
     "shortcut_add_": "y = {x}.add_(f)",
 }
+PARALLEL = {
+    "": ["y = x + f", "y = y + {g}"],
+    "f + x + g": ["y = f + x + {g}"],
+    "f + g + x": ["y = f + {g} + x"],
+    "x + (f + g)": ["y = x + (f + {g})"],
+    "f + (g + x)": ["y = f + ({g} + x)"],
+    "f += g": ["f += {g}", "y = x + f"],
+    "dropped": ["y = x + F.dropout(f + {g}, 0.2, training=self.training)"],
+}
 SHORTCUTS = {"identity": "x", "scaled": "(x * 0.5)", "clone": "x.clone()"}
 
 
@@ -209,12 +218,17 @@ class _Writer:
         return f"{name}()"
 
     def _unit(self, unit: Unit) -> str:
-        members = [f"self.f = {self.chain(unit.branch)}"]
-        given = "x * mask" if unit.masked else "x"
-        forward = [f"f = self.f({given})"]
+        members = [f"self.f = {self.chain(unit.branch[unit.escapes :])}"]
+        given = "h" if unit.begins else "x * mask" if unit.masked else "x"
+        forward = []
+        if unit.begins:
+            members.append(f"self.n = {self.chain(unit.begins)}")
+            forward.append("h = self.n(x)")
         if unit.escapes:
-            forward = [f"f = inner = self.f[0]({given})", "for part in list(self.f)[1:]:"]
-            forward.append("    f = part(f)")
+            members.append(f"self.e = {self.part(unit.branch[0])}")
+            forward += [f"inner = self.e({given})", "f = self.f(inner)"]
+        else:
+            forward.append(f"f = self.f({given})")
         if unit.drop_path:
             members.append(f"self.path = {self.operation('path')}")
             forward.append("f = self.path(f)")
@@ -229,10 +243,12 @@ class _Writer:
         if unit.shortcut in modules:
             members.append(f"self.shortcut = {modules[unit.shortcut]}")
         shortcut = SHORTCUTS.get(unit.shortcut, "self.shortcut(x)")
-        forward.append(MERGES[unit.merge].format(x=shortcut))
         if unit.parallel:
             members.append(f"self.g = {self.chain(unit.parallel)}")
-            forward.append(f"y = y + {self._keep(repr('g'), 'self.g(x)')}")
+            g = self._keep(repr("g"), f"self.g({given})")
+            forward += [line.format(g=g) for line in PARALLEL[unit.order]]
+        else:
+            forward.append(MERGES[unit.merge].format(x=shortcut))
         if unit.escapes:
             forward.append("y = y * torch.sigmoid(inner.mean())")
         if unit.after:
@@ -287,7 +303,7 @@ class _Writer:
         found = [
             f"self.body[{i}].f[{part.branch.index('conv')}].weight"
             for i, part in enumerate(self.recipe.body)
-            if isinstance(part, Unit) and "conv" in part.branch
+            if isinstance(part, Unit) and "conv" in part.branch and not part.escapes
         ]
         return [f"{found[1]} = {found[0]}"] if self.recipe.tied and len(found) > 1 else []
 

@@ -78,7 +78,9 @@ def _defects(unit: Unit) -> frozenset[str]:
     found = {
         "scaled_shortcut": unit.shortcut == "scaled",
         "projection_shortcut": unit.shortcut in ("projection", "down"),
-        "branch_escapes": unit.escapes or (writes and taken_later),
+        # What lies behind the value that is read elsewhere can go.
+        "branch_escapes": (unit.escapes and not _holds_parameters(unit.branch[1:]))
+        or (writes and taken_later),
         "mutates_shortcut": writes,
         "no_parameters": not _holds_parameters(unit.branch),
     }
@@ -92,6 +94,7 @@ class _Merge:
     child: str
     defects: frozenset[str]
     inner: tuple[_Merge, ...] = ()
+    goes_whole: bool = True
 
 
 def _chain(parts: tuple[Part, ...], path: str) -> Iterator[_Merge]:
@@ -115,13 +118,13 @@ def _merges(part: Part, path: str) -> Iterator[_Merge]:
                 frozenset({"mutates_shortcut", "branch_escapes"} if writes else ()),
             )
     elif isinstance(part, Unit):
-        inner = tuple(_chain(part.branch, f"{path}.f"))
+        inner = tuple(_chain(part.branch[part.escapes :], f"{path}.f"))
         yield from inner
         if part.parallel:
             yield _Merge(path, "f", "f", frozenset(), inner)
             yield _Merge(path, "g", "g", frozenset())
         else:
-            yield _Merge(path, "f", "f", _defects(part), inner)
+            yield _Merge(path, "f", "f", _defects(part), inner, not part.escapes)
 
 
 def truth(recipe: Recipe) -> Truth:
@@ -140,7 +143,9 @@ def truth(recipe: Recipe) -> Truth:
     sound = [(merge, call) for merge, call in zip(merges, calls, strict=True) if not merge.defects]
     owners = Counter(merge.owner for merge, _ in sound)
     bases = [
-        merge.owner if owners[merge.owner] == 1 else f"{merge.owner}.{merge.child}"
+        merge.owner
+        if owners[merge.owner] == 1 and merge.goes_whole
+        else f"{merge.owner}.{merge.child}"
         for merge, _ in sound
     ]
     names = _numbered(bases)

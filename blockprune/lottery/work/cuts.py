@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blockprune.filters import FilterPlan, fitted_filters, remove_filters
 from blockprune.lottery.state import TrainingState
 from blockprune.lottery.work.bench import Bench, Setting
-from blockprune.plan import PruningPlan
+from blockprune.plan import named_plan
 from blockprune.sparsity import Mask, held
 from blockprune.surgery import cut_blocks
 
@@ -93,7 +93,4 @@ def _without(setting: Setting, model: nn.Module, removed: tuple[str, ...]) -> nn
     if not removed:
         return model
     analysis = setting.analyse(model)
-    plan = PruningPlan(
-        remove=removed, granularity=analysis.granularity, fingerprint=analysis.fingerprint
-    )
-    return cut_blocks(model, analysis, plan, verify=False)
+    return cut_blocks(model, analysis, named_plan(analysis, removed), verify=False)
