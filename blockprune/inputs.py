@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from blockprune.errors import TraceError
+from blockprune.errors import TraceError, raise_if_out_of_memory
 from blockprune.tracing import copy_model, structural_copy
 
 __all__ = ["infer_example_inputs", "random_inputs"]
@@ -316,6 +316,7 @@ class _Probe:
             return self.accepts(shape, batch_size, fake=False)
         # Whatever the model raises on a shape that is not its own means "not this one".
         except Exception as error:
+            raise_if_out_of_memory(error)
             self.trials.append(Trial(shape, _first_line(error)))
             return False
         return True
@@ -325,7 +326,8 @@ class _Probe:
         try:
             # Two samples at least: batch statistics of a single value do not exist.
             self._forward((max(2, batch_size), *shape), training=True, fake=True)
-        except Exception:
+        except Exception as error:
+            raise_if_out_of_memory(error)
             return False
         return True
 

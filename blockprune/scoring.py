@@ -30,7 +30,7 @@ from blockprune.criteria.base import CACHE_BYTES
 from blockprune.criteria.batches import Replay, batches_of
 from blockprune.criteria.losses import LossFunction
 from blockprune.distributed import GlobalBatches
-from blockprune.errors import CriterionError, DataError, close_names
+from blockprune.errors import CriterionError, DataError, close_names, raise_if_out_of_memory
 from blockprune.inputs import infer_example_inputs
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.tracing import Call, as_call, isolated, structural_copy, surroundings_kept
@@ -245,7 +245,8 @@ def _runs(model: nn.Module, call: Call) -> bool:
     with isolated(), torch.no_grad():
         try:
             structural_copy(model).eval()(*inputs.args, **inputs.kwargs)
-        except Exception:
+        except Exception as error:
+            raise_if_out_of_memory(error)
             return False
     return True
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockprune.errors import BlockpruneError
+from blockprune.errors import BlockpruneError, raise_if_out_of_memory
 from blockprune.whole_files import whole_file
 
 __all__ = ["TensorFiles", "digest_of"]
@@ -91,6 +91,7 @@ class TensorFiles:
                 save_file(own, new, metadata={_KEY: text})
         # A full disk is a SafetensorError where safetensors meets it.
         except (SafetensorError, KeyError, RuntimeError) as problem:
+            raise_if_out_of_memory(problem)
             raise self.error(f"{path} cannot be written: {problem}") from problem
 
     def read(
@@ -125,6 +126,7 @@ class TensorFiles:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 return (file.metadata() or {}).get(_KEY), tensors
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as problem:
+            raise_if_out_of_memory(problem)
             raise self.error(f"{path} is not a readable safetensors file: {problem}") from problem
 
     def _parsed(self, path: str | os.PathLike[str], text: str, header: type[_HeaderT]) -> _HeaderT:

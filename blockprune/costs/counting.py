@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from blockprune.blocks import BlockAnalysis
-from blockprune.errors import TraceError
+from blockprune.errors import TraceError, raise_if_out_of_memory
 from blockprune.tracing import (
     Call,
     Region,
@@ -106,6 +106,7 @@ def model_costs(model: nn.Module, example_inputs: Any) -> Costs:
         except TraceError:
             raise
         except Exception as error:
+            raise_if_out_of_memory(error)
             shapes = [tuple(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
             raise TraceError(
                 f"the operations of {type(model).__name__} cannot be counted on inputs of shape "
@@ -282,6 +283,7 @@ class NodeCounter:
             # map() also thaws the graph's immutable lists, which a function may write into.
             return _measure(self._callable(node), Call(args, kwargs).map(lambda tensor: tensor))
         except Exception as error:
+            raise_if_out_of_memory(error)
             warnings.warn(
                 f"operation {node.name!r} ({node.format_node()}) does not run on zeros "
                 f"({type(error).__name__}: {error}); its costs are counted as 0.",

@@ -21,7 +21,7 @@ from blockprune.blocks import BlockAnalysis, ResidualBlock
 from blockprune.criteria.batches import Batch, Replay, batches_of
 from blockprune.criteria.losses import LossFunction, cross_entropy, divided, main_output, own_loss
 from blockprune.criteria.passes import Passes
-from blockprune.errors import CriterionError, DataError
+from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.tracing import Call, aliased_copy, copy_model, tensors_in
 
@@ -204,6 +204,7 @@ class ScoringContext:
         except (CriterionError, DataError):
             raise
         except Exception as error:
+            raise_if_out_of_memory(error)
             given = tensors_in((batch.call.args, batch.call.kwargs))
             shapes = [tuple(tensor.shape) for tensor in given]
             raise DataError(
@@ -232,6 +233,7 @@ class ScoringContext:
             try:
                 loss = self._loss_fn(outputs, targets)
             except Exception as error:
+                raise_if_out_of_memory(error)
                 raise CriterionError(
                     f"loss_fn failed on an output of type {type(outputs).__name__}: "
                     f"{type(error).__name__}: {error}. "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.criteria.base import Batch, ScoringContext
-from blockprune.errors import CriterionError, DataError
+from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
 
 __all__ = [
     "Aggregation",
@@ -140,6 +140,7 @@ def failures(criterion: str) -> Iterator[None]:
     except (CriterionError, DataError):
         raise
     except RuntimeError as error:
+        raise_if_out_of_memory(error)
         raise CriterionError(
             f"{criterion} cannot differentiate this model: {error}. "
             "Use a criterion that asks for fewer derivatives: 'snip' takes one, 'l1' none."

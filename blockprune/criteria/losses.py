@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from blockprune.errors import CriterionError, DataError
+from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
 from blockprune.tracing import tensors_in
 
 __all__ = ["LossFunction", "class_axis", "cross_entropy", "divided", "main_output", "own_loss"]
@@ -114,6 +114,7 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     try:
         return functional.cross_entropy(logits, targets.long(), ignore_index=IGNORED_LABEL)
     except (RuntimeError, ValueError, IndexError) as error:
+        raise_if_out_of_memory(error)
         raise DataError(
             f"Cross entropy of an output of shape {tuple(logits.shape)} with targets of shape "
             f"{tuple(targets.shape)} fails: {error}. Pass a loss_fn, or targets that are class "

@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 from blockprune.blocks import BlockAnalysis, Cut, Flow, ResidualBlock
 from blockprune.blocks.naming import lies_in
 from blockprune.criteria.nonlinear import is_nonlinear
+from blockprune.errors import raise_if_out_of_memory
 from blockprune.randomness import RngState, rng_state, set_rng_state
 from blockprune.tracing import (
     Call,
@@ -365,7 +366,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """Return a deep copy; under one memo, values that share memory go on sharing it."""
     try:
         return copy.deepcopy(value, memo)
-    except Exception:
+    except Exception as error:
+        raise_if_out_of_memory(error)
         # A lock, a file, a generator: there is one, and all passes share it.
         return value
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from blockprune.errors import MissingExtraError, TraceError
+from blockprune.errors import MissingExtraError, TraceError, raise_if_out_of_memory
 from blockprune.tracing import Call, aliased_copy, isolated, refused, tensors_in
 
 __all__ = ["Channels", "Execution", "Network", "follow"]
@@ -125,6 +125,7 @@ def follow(model: nn.Module, call: Call) -> Network:
                 given = call.map(lambda tensor: tensor.detach().clone())
                 network.model(*given.args, **given.kwargs)
         except Exception as error:
+            raise_if_out_of_memory(error)
             raise refused(model, call, error) from error
         try:
             network.graph = pruning.DependencyGraph().build_dependency(
@@ -135,6 +136,7 @@ def follow(model: nn.Module, call: Call) -> Network:
                 verbose=False,
             )
         except Exception as error:
+            raise_if_out_of_memory(error)
             raise TraceError(
                 f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: "
                 f"{error}. Filters can be removed from models whose graph it finds; blocks "

@@ -39,11 +39,11 @@ def proof_of_filters(
         call: the example inputs.
     """
     link = Link(
-        reference=partial(_reading_zeros, plan=plan, layers=layers),
-        what=f"the narrower {type(model).__name__}",
-        reference_name="the dense one with the channels of the removed filters read as zero",
-        # In few digits another order of summation is a difference that says nothing.
-        autocast=False,
+        f"the narrower {type(model).__name__}",
+        "the dense one with the channels of the removed filters read as zero",
+        partial(_reading_zeros, plan=plan, layers=layers),
+        # Other sums are rounded otherwise.
+        rounds_alike=False,
     )
     return Proof(
         model,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blockprune.criteria import ScoringContext
 from blockprune.criteria.batches import Replay, batches_of
 from blockprune.criteria.losses import LossFunction
-from blockprune.errors import CriterionError, DataError, close_names
+from blockprune.errors import CriterionError, DataError, close_names, raise_if_out_of_memory
 from blockprune.inputs import infer_example_inputs
 from blockprune.randomness import seed_rng
 from blockprune.scoring import first_inputs
@@ -141,6 +141,7 @@ def _of_layer(
     try:
         found = compute(given, keep.clone())
     except Exception as error:
+        raise_if_out_of_memory(error)
         raise CriterionError(
             f"Importance {called!r} failed on {layer}: {type(error).__name__}: {error}. It is "
             "called as f(weight_abs, keep), with two tensors of the shape of the weight."

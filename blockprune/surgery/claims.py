@@ -16,9 +16,8 @@ import torch
 from torch import fx, nn
 
 from blockprune.blocks import Cut
-from blockprune.errors import VerificationError, raise_if_out_of_memory
 from blockprune.randomness import AlikeDraws
-from blockprune.surgery.comparing import difference_of, fresh, snapshot
+from blockprune.surgery.comparing import Differs, compare, fresh, snapshot
 from blockprune.surgery.proof import Link, Proof, Situation
 from blockprune.surgery.zeroing import follow, zero_branches
 from blockprune.tracing import CallInterpreter, TracedModel, structural_copy
@@ -43,83 +42,62 @@ def proof_of_cut(
         cuts: the branches that go.
         references: region path to the graph with zeroed branches.
         graphs: region path to the ticket's graph.
-        is_shortened: whether the ticket may lack layers; then there may be several to be proved,
-            and regions inside them may be gone.
+        is_shortened: whether tickets may lack layers, and regions inside these.
     """
     recorded = {r.path: r.graph for r in traced.regions if r.path in graphs}
-    name = type(model).__name__
+    zeroed = "the zero-branch reference"
 
-    def eager_with_zeros(copy: nn.Module) -> nn.Module:
+    def zeroing(copy: nn.Module) -> nn.Module:
         return zero_branches(copy, structural_copy(copy), recorded, cuts)
 
-    def refusal(error: Exception) -> VerificationError:
-        return VerificationError(
-            "the ticket has nothing to be compared with: without these branches the dense model "
-            f"fails in eval mode: {type(error).__name__}: {error}"
-        )
+    def first_node(dense: nn.Module, ticket: nn.Module, situation: Situation) -> str:
+        if is_shortened:
+            return ""
+        expected, found = _values(dense, references, situation), _values(ticket, graphs, situation)
+        for (path, name), value in found.items():
+            try:
+                compare(value, expected.get((path, name), value))
+            except Differs:
+                return f" at node {name!r}" + (f" of {path!r}" if path else "")
+        return ""
 
-    zeroed = "the zero-branch reference"
+    recording = Link(
+        f"the traced graph of {type(model).__name__}",
+        "the model (its forward may keep state, or depend on what a trace cannot see; pass "
+        "preserve_root=True to keep it)",
+        lambda copy: copy,
+        partial(follow, graphs=recorded),
+    )
+    # Without a branch, what it is added to may have another precision under autocast.
+    rewriting = Link(
+        "the ticket",
+        zeroed,
+        partial(follow, graphs=references),
+        rounds_alike=False,
+        locate=first_node,
+    )
+    exact = all(cut.branch.is_exact for cut in cuts)
     return Proof(
         model,
         traced.call,
-        links=(
-            Link(
-                reference=lambda copy: copy,
-                found=partial(follow, graphs=recorded),
-                what=f"the traced graph of {name}",
-                reference_name="the model",
-                advice=". The model's forward keeps state or depends on something that a trace "
-                "cannot see; pass preserve_root=True to keep it.",
-            ),
-            Link(
-                reference=partial(follow, graphs=references),
-                what="the ticket",
-                reference_name=zeroed,
-                refusal=refusal,
-                locate=partial(_first_node, references, graphs),
-                # Without a branch, what is added to may have another precision.
-                autocast=False,
-            ),
-        ),
-        shortcut=Link(eager_with_zeros, "the ticket", zeroed, inner=False)
-        if all(cut.branch.is_exact for cut in cuts)
-        else None,
+        (recording, rewriting),
+        shortcut=Link("the ticket", zeroed, zeroing) if exact else None,
         paths=() if is_shortened else tuple(graphs),
-        keep=is_shortened,
     )
-
-
-def _first_node(
-    references: Mapping[str, fx.Graph],
-    graphs: Mapping[str, fx.Graph],
-    reference: nn.Module,
-    ticket: nn.Module,
-    situation: Situation,
-) -> str:
-    """Return " at " and the first node that both graphs have and that differs; "" if none does."""
-    try:
-        expected, found = (
-            _values(reference, references, situation),
-            _values(ticket, graphs, situation),
-        )
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        return ""
-    for (path, name), value in found.items():
-        if (path, name) in expected and difference_of(value, expected[path, name]):
-            return f" at node {name!r}" + (f" of {path!r}" if path else "")
-    return ""
 
 
 def _values(
     model: nn.Module, graphs: Mapping[str, fx.Graph], situation: Situation
 ) -> dict[tuple[str, str], Any]:
+    """Return what each node of each graph computes in a situation."""
     seen: dict[tuple[str, str], Any] = {}
     copy = follow(structural_copy(model), graphs, lambda path: partial(_Seeing, seen, path))
-    module = copy.get_submodule(situation.path).train(situation.train)
+    copy.eval()
+    for path in situation.training:
+        copy.get_submodule(path).train()
     call = fresh(situation.call)
     with torch.no_grad(), AlikeDraws({m: name for name, m in copy.named_modules()}):
-        module(*call.args, **call.kwargs)
+        copy(*call.args, **call.kwargs)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Comparing two computations of one function: types, outputs, buffers, gradients.
+"""Comparing two computations of one function: outputs, buffers, gradients.
 
 Numbers may differ by a few units in the last place, which is what another order of summation gives.
 Of numbers in half precision that would be some percent, and a wrong ticket could pass: where a
@@ -7,25 +7,25 @@ network has such, its numbers are to be equal first, and are compared in float64
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.tracing import Call, map_tensors, tensors_in
+from blockprune.tracing import Call, tensors_in
 
 __all__ = [
     "SEED",
-    "Difference",
+    "Differs",
     "Outcome",
-    "difference_of",
+    "compare",
+    "compare_outcomes",
     "fresh",
     "gradients_of",
     "is_coarse",
-    "outcomes_differ",
     "snapshot",
 ]
 
@@ -35,40 +35,34 @@ GRADIENT_ULPS = 32.0
 COARSE = 1e-5
 
 
-@dataclass(frozen=True)
+class Differs(Exception):
+    """Two computations differ; says how.
+
+    Attributes:
+        may_be_rounding: finite numbers alone differ, so that more precision may be the end of it.
+        is_of_outputs: it is not in a gradient or a buffer alone.
+    """
+
+    def __init__(self, what: str, *, may_be_rounding: bool = False, is_of_outputs: bool = True):
+        super().__init__(what)
+        self.may_be_rounding = may_be_rounding
+        self.is_of_outputs = is_of_outputs
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What came of one run of a model.
 
     Attributes:
-        outputs: what it returned.
-        taken: what the modules that were listened to returned, in the order of their calls.
+        outputs: what it returned, and what the modules that were listened to returned.
         buffers: as the run left them, by name.
-        gradients: of a fixed random projection of the outputs and of what was taken, by the name of
-            the parameter; None where there was no backward pass.
+        gradients: of a fixed random projection of the outputs, by the name of the parameter; None
+            where there was no backward pass.
     """
 
     outputs: Any
-    taken: list[Any]
     buffers: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two computations differ.
-
-    Attributes:
-        what: in words.
-        may_be_rounding: finite numbers alone differ, so that more precision may be the end of it.
-        is_behind: it is not in what was computed, but in a gradient or a buffer.
-    """
-
-    what: str
-    may_be_rounding: bool = False
-    is_behind: bool = False
-
-    def __str__(self) -> str:
-        return self.what
 
 
 def fresh(call: Call) -> Call:
@@ -78,127 +72,107 @@ def fresh(call: Call) -> Call:
 
 def snapshot(value: Any) -> Any:
     """Return the value with tensors that a later in-place operation cannot reach."""
-    return Call((value,), {}).map(lambda tensor: tensor.detach().clone()).args[0]
-
-
-def types_of(value: Any) -> Any:
-    """Return the nested type names of an output."""
-    if isinstance(value, Tensor):
-        return "Tensor"
-    name = type(value).__name__.removeprefix("immutable_")
-    if isinstance(value, dict):
-        return name, {key: types_of(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return name, [types_of(item) for item in value]
-    return name
+    return fresh(Call((value,), {})).args[0]
 
 
 def is_coarse(module: nn.Module) -> bool:
     """Whether a module has numbers of so few digits that their last place says little."""
     tensors = (*module.parameters(), *module.buffers())
-    return any(
-        tensor.is_floating_point() and torch.finfo(tensor.dtype).eps > COARSE for tensor in tensors
-    )
+    return any(t.is_floating_point() and torch.finfo(t.dtype).eps > COARSE for t in tensors)
 
 
-def outcomes_differ(
+def compare_outcomes(
     found: Outcome, expected: Outcome, names: Callable[[str], str], room: float
-) -> Difference | None:
-    """Return the first difference of two outcomes; None if there is none.
+) -> None:
+    """Compare what came of two models; what only the second has is not looked at.
 
     Args:
-        found, expected: of two models; what only the second has is not looked at.
-        names: turns a name of the first model into the name in the second.
+        found, expected: of the two models.
+        names: turns a name of the first into the name in the second.
         room: how many times a few units in the last place numbers may differ.
+
+    Raises:
+        Differs: names the first difference.
     """
-    ulps = room * OUTPUT_ULPS
-    difference = difference_of(found.outputs, expected.outputs, ulps)
-    difference = difference or difference_of(found.taken, expected.taken, ulps)
-    if difference:
-        return difference
-    types = types_of(found.outputs), types_of(expected.outputs)
-    if types[0] != types[1]:
-        return Difference(f"it returns {types[0]}, the dense model {types[1]}")
+    compare(found.outputs, expected.outputs, room)
     for name, buffer in found.buffers.items():
         wanted = expected.buffers.get(names(name))
-        difference = None if wanted is None else difference_of(buffer, wanted, ulps)
-        if difference:
-            what = f"the buffer {name!r} has {difference}"
-            return Difference(what, difference.may_be_rounding, is_behind=True)
+        if wanted is not None:
+            _compare_behind(f"the buffer {name!r}", buffer, wanted, room * OUTPUT_ULPS)
     if expected.gradients is None:
-        return None
-    return _gradients_differ(found.gradients or {}, expected.gradients, names, room)
-
-
-def _gradients_differ(
-    found: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    names: Callable[[str], str],
-    room: float,
-) -> Difference | None:
+        return
     scale: float | None = None
-    for name, gradient in found.items():
-        wanted = expected.get(names(name))
-        wanted = torch.zeros_like(gradient) if wanted is None else wanted
-        if torch.equal(gradient, wanted):
-            continue
-        if scale is None:
+    for name, gradient in (found.gradients or {}).items():
+        wanted = expected.gradients.get(names(name), torch.zeros_like(gradient))
+        if scale is None and not torch.equal(gradient, wanted):
             # A gradient may be zero but for rounding (a bias before batch normalisation), and
             # rounding is that of the whole backward pass.
-            scale = max((_largest(_finite(g)) for g in expected.values()), default=0.0)
-        difference = difference_of(gradient, wanted, room * GRADIENT_ULPS, scale)
-        if difference:
-            what = f"the gradient of {name!r} differs: {difference}"
-            return Difference(what, difference.may_be_rounding, is_behind=True)
-    return None
+            scale = max((_largest(_finite(g)) for g in expected.gradients.values()), default=0.0)
+        what = f"the gradient of {name!r}"
+        _compare_behind(what, gradient, wanted, room * GRADIENT_ULPS, scale)
 
 
-def difference_of(
-    found: Any, expected: Any, ulps: float = OUTPUT_ULPS, scale: float | None = None
-) -> Difference | None:
-    """Return the first difference of two nested values, None where there is none.
+def compare(found: Any, expected: Any, room: float = 1.0) -> None:
+    """Compare two nested values: types, tensors, and the numbers and texts beside them.
 
-    Numbers may differ by `ulps` units in the last place of `scale`, else of the largest expected.
+    Raises:
+        Differs: says what is different first.
+    """
+    one, other = _outline(found), _outline(expected)
+    if one != other:
+        raise Differs(f"it gives {one} instead of {other}")
+    for a, b in zip(tensors_in(found), tensors_in(expected), strict=True):
+        _compare_tensors(a, b, room * OUTPUT_ULPS)
+
+
+def _compare_behind(what: str, found: Tensor, expected: Tensor, *bounds: Any) -> None:
+    try:
+        _compare_tensors(found, expected, *bounds)
+    except Differs as error:
+        text = f"{what} differs: {error}"
+        rounding = error.may_be_rounding
+        raise Differs(text, may_be_rounding=rounding, is_of_outputs=False) from None
+
+
+def _compare_tensors(a: Tensor, b: Tensor, ulps: float, scale: float | None = None) -> None:
+    """Let numbers differ by `ulps` units in the last place of `scale`, else of the largest one.
+
     In float64 a thousand times that is still nothing that a wrong ticket would pass.
     """
-    ours, theirs = list(tensors_in(found)), list(tensors_in(expected))
-    if len(ours) != len(theirs):
-        return Difference(f"{len(ours)} tensors instead of {len(theirs)}")
-    plain, wanted = _plain_in(found), _plain_in(expected)
-    if plain != wanted:
-        return Difference(f"{plain} beside its tensors instead of {wanted}")
-    for a, b in zip(map(_dense, ours), map(_dense, theirs), strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return Difference(f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}")
-        if b.is_meta or torch.equal(a, b):
-            continue  # a tensor of the meta device has a shape and no values
-        if not (a.dtype.is_floating_point or a.dtype.is_complex):
-            return Difference(f"{int((a != b).sum())} elements of a {a.dtype} tensor differ")
-        finite = b.isfinite()
-        if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
-            return Difference("infinities or NaNs at other places")
-        size = _largest(b[finite]) if scale is None else scale
-        gap = _largest((a - b)[finite])
-        # Not "gap > bound": a NaN where the reference is finite must not pass.
-        room = 1000.0 if b.dtype == torch.float64 else 1.0
-        if not gap <= room * ulps * torch.finfo(b.dtype).eps * size:
-            return Difference(
-                f"largest difference {gap:.3g} on values up to {size:.3g}", math.isfinite(gap)
-            )
-    return None
+    a, b = _dense(a), _dense(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise Differs(f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}")
+    if b.is_meta or torch.equal(a, b):
+        return  # a tensor of the meta device has a shape and no values
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        raise Differs(f"{int((a != b).sum())} elements of a {a.dtype} tensor differ")
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
+        raise Differs("infinities or NaNs at other places")
+    size = _largest(b[finite]) if scale is None else scale
+    gap = _largest((a - b)[finite])
+    room = 1000.0 if b.dtype == torch.float64 else 1.0
+    # Not "gap > bound": a NaN where the reference is finite must not pass.
+    if not gap <= room * ulps * torch.finfo(b.dtype).eps * size:
+        text = f"largest difference {gap:.3g} on values up to {size:.3g}"
+        raise Differs(text, may_be_rounding=math.isfinite(gap))
 
 
-def _plain_in(value: Any) -> list[Any]:
-    """Return the numbers and texts that stand beside the tensors of a nested value."""
-    found: list[Any] = []
-
-    def keep(item: Any) -> None:
-        # NaN is not equal to itself.
-        if isinstance(item, bool | int | str) or (isinstance(item, float) and item == item):
-            found.append(item)
-
-    map_tensors(value, lambda tensor: tensor, other=keep)
-    return found
+def _outline(value: Any) -> Any:
+    """Return the types in a nested value, and the numbers and texts beside its tensors."""
+    if isinstance(value, Tensor):
+        return "Tensor"
+    # NaN is not equal to itself.
+    if isinstance(value, bool | int | str) or (isinstance(value, float) and value == value):
+        return value
+    name = type(value).__name__.removeprefix("immutable_")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return name, {key: _outline(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return name, [_outline(item) for item in value]
+    return name
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -224,17 +198,14 @@ def gradients_of(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
     # A tied weight has several names, and the ticket may have lost the first of them.
     every = module.named_parameters(remove_duplicate=False)
     named = {name: parameter for name, parameter in every if parameter.requires_grad}
+    if not (heads and named):
+        return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
     generator = torch.Generator().manual_seed(SEED)
     cotangents = [
         torch.rand(t.shape, generator=generator).to(device=t.device, dtype=t.dtype) - 0.5
         for t in heads
     ]
-    reached = heads and named
-    found = (
-        torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
-        if reached
-        else [None] * len(named)
-    )
+    found = torch.autograd.grad(heads, list(named.values()), cotangents, allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else _dense(gradient)
         for (name, parameter), gradient in zip(named.items(), found, strict=True)

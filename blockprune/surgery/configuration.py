@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from blockprune.errors import raise_if_out_of_memory
 from blockprune.surgery.lists import Removal, moved_up
 from blockprune.surgery.record import translated
 
@@ -90,7 +91,8 @@ def _stored(config: Any) -> Any:
     """Return a configuration as it would be read from its file, or None where it could not."""
     try:
         return type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
-    except Exception:
+    except Exception as error:
+        raise_if_out_of_memory(error)
         # The class of the configuration says that this does not fit together.
         return None
 
@@ -100,7 +102,8 @@ def _build(dense: nn.Module, config: Any) -> nn.Module | None:
     try:
         with torch.device("meta"):
             built = type(dense)(copy.deepcopy(config))
-    except Exception:
+    except Exception as error:
+        raise_if_out_of_memory(error)
         # A configuration that makes no sense to the class is not the one that is looked for.
         return None
     return built if isinstance(built, nn.Module) else None
@@ -160,7 +163,8 @@ def _changed(config: Any, change: _Change, removal: Removal, with_derived: bool)
             elif other in derived:
                 setattr(holder, other, derived[other])
         setattr(holder, name, new)
-    except Exception:
+    except Exception as error:
+        raise_if_out_of_memory(error)
         # The class of the configuration says that this does not fit together.
         return None
     return config

@@ -9,14 +9,14 @@ inputs that are changed the same way; the models of the user are not.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from blockprune.tracing import Call, tensors_in
 
-__all__ = ["changed_weights", "changes_of", "described", "doubled", "other_calls"]
+__all__ = ["changed_weights", "changes_of", "doubled", "other_calls", "shapes_of"]
 
 SAMPLES = 8
 # A share of zeros among random numbers that is chance.
@@ -68,34 +68,22 @@ def changed_weights(
     return model
 
 
-def other_calls(call: Call) -> tuple[list[Call], list[list[Call]], list[Call]]:
-    """Return calls to try beside `call`: of each list of them, the first that the model takes.
+def other_calls(call: Call) -> list[list[Call]]:
+    """Return calls to try beside `call`: of each list, the first that a model takes.
 
-    They have another batch size, other image or sequence sizes, and other values, masks above all.
-    A call of the first result says as much as one of each list of the second; the third is tried
-    besides.
+    They have another batch size, other image or sequence sizes, and other values, masks above all;
+    the more of these at once, the sooner they are tried.
     """
     size = next((t.shape[0] for t in _tensors(call) if t.dim()), 0)
     batch, *others = [batch for batch in (2, 1, 3) if batch != size]
     of_batch = _of_batch(call, size, batch)
-    together = [each.map(_other_values) for each in (*_of_other_sizes(of_batch), of_batch)]
-    together.append(of_batch.map(_other_mask))
-    values = [call.map(_other_values), call.map(_other_mask)]
-    apart = [values, [of_batch], list(_of_other_sizes(call))]
-    besides = [_of_batch(call, size, other) for other in others if size > 1][:1]
-    return (
-        _unlike(call, together),
-        [_unlike(call, calls) for calls in apart],
-        _unlike(call, besides),
-    )
-
-
-def _unlike(call: Call, others: Sequence[Call]) -> list[Call]:
-    """Return those of `others` that have other tensors than `call`."""
+    ways = [each.map(_other_values) for each in (*_of_other_sizes(of_batch), of_batch)]
+    ways += [of_batch.map(_other_mask), of_batch]
+    ways += [call.map(_other_values), call.map(_other_mask), *_of_other_sizes(call)]
+    besides = [_of_batch(call, size, others[0])] if size > 1 else []
     return [
-        other
-        for other in others
-        if not all(torch.equal(a, b) for a, b in zip(_tensors(other), _tensors(call), strict=True))
+        [way for way in calls if not all(map(torch.equal, _tensors(way), _tensors(call)))]
+        for calls in (ways, besides)
     ]
 
 
@@ -108,10 +96,9 @@ def doubled(call: Call) -> Call:
     return call.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
 
 
-def described(call: Call) -> str:
+def shapes_of(call: Call) -> str:
     """Return the shapes of the tensors of a call, in words."""
-    shapes = ["x".join(map(str, t.shape)) for t in _tensors(call)]
-    return ", ".join(shapes)
+    return ", ".join("x".join(map(str, tensor.shape)) for tensor in _tensors(call))
 
 
 def _zeros(values: Tensor) -> int:
