@@ -40,9 +40,8 @@ def _why(analysis: BlockAnalysis, owner: str) -> str:
     if around:
         outermost = min(around, key=len)
         return f"not looked into: {normalised(analysis.traced.opaque[outermost])}"
-    refused = [r for r in analysis.rejections if r.name.partition("#")[0] == owner]
-    reasons = dict.fromkeys(f"{r.reason}: {normalised(r.detail)}" for r in refused)
-    return "; ".join(reasons) or "in no graph"
+    refused = [r.reason for r in analysis.rejections if r.name.partition("#")[0] == owner]
+    return f"refused as {' or '.join(dict.fromkeys(refused))}" if refused else "in no graph"
 
 
 def _is_within(path: str, around: str) -> bool:

@@ -249,8 +249,8 @@ CONFIGURATIONS = (
     Configuration(
         "litgpt",
         "Pythia",
-        3,
-        "one a layer: attention and MLP are added together first",
+        6,
+        "attention and MLP side by side in 3 layers",
         functools.partial(_litgpt, "pythia-14m"),
     ),
     Configuration(
