@@ -4,9 +4,14 @@ Each model runs in a process of its own, with limits to its time and its memory,
 ends nothing else. Weights are random and nothing is downloaded. Finished models are kept in
 `results/`, and `--resume` goes on from there.
 
-    python benchmarks/zoo_coverage.py                                   # all three libraries
+`others` are tiny models of many more libraries, whose branches were counted by reading their
+sources. It needs these libraries, which nothing else does: `pip install -e '.[zoo-others]'`.
+
+    python benchmarks/zoo_coverage.py                                   # the first three libraries
     python benchmarks/zoo_coverage.py torchvision --names 'resnet*' vit_b_16
     python benchmarks/zoo_coverage.py timm --resume
+    python benchmarks/zoo_coverage.py others --jobs 2                   # third-party libraries
+    python benchmarks/zoo_coverage.py others --only monai diffusers
     python benchmarks/zoo_coverage.py --document                        # docs/coverage.md only
 """
 
@@ -21,8 +26,17 @@ from typing import Any
 
 from _coverage.children import Limits, Task, run_all
 from _coverage.document import document
-from _coverage.libraries import LIBRARIES, VERIFY, first_tasks, names_of, smallest_tasks
+from _coverage.libraries import (
+    LIBRARIES,
+    VERIFY,
+    distributions_of,
+    first_tasks,
+    names_of,
+    smallest_tasks,
+)
+from _coverage.others_models import INSTALL, OTHERS, MissingLibraryError, prepare
 from _coverage.progress import Progress, versions
+from _coverage.status import is_failed, status_of
 from _coverage.study import Row, verdict_of
 from _machine import RESULTS, write_result
 
@@ -36,9 +50,12 @@ def main() -> None:
     failed = 0
     if not arguments.document:
         for library in libraries:
-            failed += _sweep(library, arguments)
+            try:
+                failed += _sweep(library, arguments)
+            except MissingLibraryError as error:
+                raise SystemExit(f"zoo_coverage.py: {error}") from None
     # A part of a library is no coverage of it.
-    if arguments.document or not (arguments.names or arguments.out):
+    if arguments.document or not (arguments.names or arguments.only or arguments.out):
         _write_document()
     if failed:
         raise SystemExit(1)
@@ -46,16 +63,20 @@ def main() -> None:
 
 def _sweep(library: str, arguments: argparse.Namespace) -> int:
     """Study the models of one library; return how many failed."""
-    names = _chosen(library, arguments.names)
+    names = _chosen(library, [*arguments.names, *(f"{only}/*" for only in arguments.only)])
     if not names:
-        print(f"no model of {library} is called {' or '.join(arguments.names)}")
+        print(f"no model of {library} is called {' or '.join(arguments.names or arguments.only)}")
         return 0
-    part = "_part" if arguments.names else ""
+    distributions = distributions_of(library, names)
+    if library == OTHERS:
+        prepare(distributions)
+    part = "_part" if arguments.names or arguments.only else ""
     path: Path = arguments.out or RESULTS / f"zoo_coverage_{library}{part}.json"
-    made_with = versions(library)
+    made_with = versions(distributions)
     progress = Progress(path.with_suffix(".jsonl"), made_with, resume=arguments.resume)
     verify = arguments.verify or VERIFY[library]
-    print(f"{library} {made_with[library]}: {len(names)} models\n{_HEAD}", flush=True)
+    found = ", ".join(f"{name} {made_with[name]}" for name in distributions)
+    print(f"{found}: {len(names)} models\n{_HEAD}", flush=True)
     _run(first_tasks(library, names, verify), progress, arguments)
     if verify == "smallest":
         rows = [row for row in progress.rows if row["task"] != "verify" and row["name"] in names]
@@ -63,7 +84,7 @@ def _sweep(library: str, arguments: argparse.Namespace) -> int:
     rows = [row for row in progress.rows if row["name"] in names]
     result = {"versions": made_with, "names": len(names), "models": rows}
     write_result(path.stem, result, path)
-    failed = [row["name"] for row in rows if verdict_of(row)[0] == "failed"]
+    failed = [row["name"] for row in rows if is_failed(row)]
     print(f"{len(rows)} rows, {len(failed)} failed; {path}", flush=True)
     return len(failed)
 
@@ -82,7 +103,7 @@ def _run(tasks: Iterable[Task], progress: Progress, arguments: argparse.Namespac
 
 
 def _write_document() -> None:
-    paths = {library: RESULTS / f"zoo_coverage_{library}.json" for library in LIBRARIES}
+    paths = {name: RESULTS / f"zoo_coverage_{name}.json" for name in (*LIBRARIES, OTHERS)}
     results: dict[str, Any] = {
         library: json.loads(path.read_text()) for library, path in paths.items() if path.exists()
     }
@@ -113,7 +134,7 @@ _HEAD = " ".join(f"{name:{width}}" for name, width in _COLUMNS) + "  verdict"
 
 def _line(row: Row) -> str:
     """One line of the table that is printed."""
-    verdict, why = verdict_of(row)
+    verdict, why = status_of(row) if "expected" in row else verdict_of(row)
     cells = (
         row["name"],
         row.get("traced", ""),
@@ -130,8 +151,20 @@ def _line(row: Row) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="blocks and tickets of whole model libraries")
-    parser.add_argument("library", nargs="?", choices=list(LIBRARIES), help="default: all three")
+    parser.add_argument(
+        "library",
+        nargs="?",
+        choices=[*LIBRARIES, OTHERS],
+        help=f"default: all but {OTHERS}, third-party libraries that need {INSTALL}",
+    )
     parser.add_argument("--names", nargs="+", default=[], metavar="GLOB", help="only these models")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="LIBRARY",
+        help=f"of {OTHERS}, only these libraries",
+    )
     parser.add_argument("--resume", action="store_true", help="keep rows made with these versions")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default: 1)")
     parser.add_argument(
@@ -146,6 +179,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.out and not arguments.library:
         parser.error("--out names one file, so name one library")
+    if arguments.only and arguments.library != OTHERS:
+        parser.error(f"--only names libraries of {OTHERS}")
     return arguments
 
 

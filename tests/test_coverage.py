@@ -10,11 +10,13 @@ import copy
 import dataclasses
 import importlib
 import json
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +24,12 @@ from torch import nn
 
 import blockprune
 from benchmarks._coverage.document import document
+from benchmarks._coverage.misses import misses
 from benchmarks._coverage.oracle import Cut, Oracle
+from benchmarks._coverage.others import CONFIGURATIONS
+from benchmarks._coverage.others_models import MissingLibraryError, prepare
 from benchmarks._coverage.progress import Progress
+from benchmarks._coverage.status import STATUSES, is_failed, status_of
 from benchmarks._coverage.study import Row, study, verdict_of
 from benchmarks._coverage.waking import wake
 from blockprune.models import resnet20
@@ -269,3 +275,105 @@ def test_the_report_is_well_formed() -> None:
 
 def test_an_empty_report_has_its_sections() -> None:
     assert "## Failures" in document({})
+
+
+def test_progress_of_one_library_does_not_depend_on_the_version_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    Progress(path, {"torchvision": "1", "monai": "1"}, resume=False).add(ROW)
+    assert len(Progress(path, {"torchvision": "1", "monai": "2"}, resume=True).rows) == 1
+    assert Progress(path, {"torchvision": "2", "monai": "2"}, resume=True).rows == []
+
+
+# --- third-party libraries, which no test installs ------------------------------------------------
+
+
+def test_every_library_of_the_sweep_is_in_the_extra() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    extra = project["project"]["optional-dependencies"]["zoo-others"]
+    installed = {requirement.partition(">=")[0] for requirement in extra}
+    assert {configuration.library for configuration in CONFIGURATIONS} <= installed
+
+
+def test_there_are_enough_configurations_and_each_has_a_name() -> None:
+    assert len(CONFIGURATIONS) >= 50
+    assert len({configuration.library for configuration in CONFIGURATIONS}) >= 15
+    assert len({configuration.name for configuration in CONFIGURATIONS}) == len(CONFIGURATIONS)
+    assert all(configuration.why for configuration in CONFIGURATIONS)
+
+
+def test_a_missing_library_is_named_with_how_to_install_it() -> None:
+    with pytest.raises(MissingLibraryError, match=r"no-such-library.*zoo-others"):
+        prepare(["no-such-library"])
+
+
+def test_a_thorough_study_cuts_one_several_and_all_branches() -> None:
+    model, images = wake(resnet20()), torch.rand(2, 3, 16, 16)
+    *_, row = study(model.eval(), images, verify=True, thorough=True)
+    cuts = [len(ticket["removed"]) for ticket in row["tickets"] if ticket["as"] == "branches"]
+    # Three stages of three blocks, two of which begin with another width.
+    assert cuts == [1, 4, 7]
+    assert row["missed"] == []
+    assert status_of({**row, "expected": 7}) == ("complete", "")
+
+
+class _Hidden(nn.Module):
+    """Decides by the numbers in a tensor, so that no graph can be made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x) if x.sum().item() > -1e9 else x
+
+
+def test_a_branch_that_is_not_found_is_told_with_its_owner_and_a_reason() -> None:
+    model, inputs = nn.Sequential(nn.Linear(4, 4), _Hidden()), torch.rand(2, 4)
+    *_, row = study(model.eval(), inputs, verify=True, thorough=True)
+    assert [(miss["owner"], miss["adds"]) for miss in row["missed"]] == [("1", 1)]
+    status, why = status_of({**row, "expected": 1})
+    assert status == "unseen"
+    assert why.startswith("1 not looked into: ")
+
+
+def test_a_refused_merge_is_told_with_the_reason() -> None:
+    analysis = blockprune.find_blocks(resnet20(), torch.rand(2, 3, 16, 16))
+    (miss,) = misses(analysis, {"layer2.0": 1, "layer1.0": 1})
+    assert miss.owner == "layer2.0"
+    assert "projection_shortcut" in miss.why
+
+
+FOUND: Row = {**ROW, "library": "x", "name": "x/y", "expected": 5, "expected_because": "2 + 3"}
+UNFOUND: Row = {**FOUND, "missed": [{"owner": "a", "adds": 2, "why": "in no graph"}]}
+WRONG: Row = {
+    **FOUND,
+    "tickets": [{**ROW["tickets"][0], "eval": {"problems": ["off"], "limits": []}}],
+}
+ROWS: list[tuple[str, Row]] = [
+    ("complete", FOUND),
+    ("found", {key: value for key, value in FOUND.items() if key != "tickets"}),
+    ("none", {**FOUND, "branches": 0, "expected": 0}),
+    ("partly", {**UNFOUND, "expected": 7}),
+    ("unseen", {**UNFOUND, "branches": 0, "expected": 7}),
+    ("unseen", {"library": "x", "name": "x/y", "expected": 5, "refusal": "TraceError: no"}),
+    ("wrong", WRONG),
+    ("wrong", {**FOUND, "expected": 4}),
+    ("wrong", {**FOUND, "refusal": "TraceError: no"}),
+    ("crash", {"library": "x", "name": "x/y", "expected": 5, "error": "KeyError: z"}),
+]
+
+
+@pytest.mark.parametrize(("status", "row"), ROWS)
+def test_the_status_of_a_row(status: str, row: dict[str, Any]) -> None:
+    assert status_of(row)[0] == status
+    assert is_failed(row) == (status in ("wrong", "crash"))
+
+
+def test_the_report_on_third_party_libraries() -> None:
+    machine = {"date": "2000-01-01", "torch": "2", "python": "3", "architecture": "x", "cores": 2}
+    rows = [{"expected_because": "2 + 3", **row} for _, row in ROWS]
+    result = {"machine": machine, "versions": {"x": "1"}, "models": rows}
+    text = document({"others": result})
+    assert "| 10 | 1 | 1 | 1 | 1 | 1 | 2 | 3 | 1 | 2000-01-01, torch 2," in text
+    assert "| partly | 2 in no graph |" in text
+    assert {status for status, _ in ROWS} == set(STATUSES)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .cells import number, table
+from .others_document import OTHERS, others_section
 from .study import Row, verdict_of
 
 __all__ = ["document"]
@@ -44,10 +46,13 @@ CHECKED = ("study", "verify")
 
 def document(results: Mapping[str, Result]) -> str:
     """Return the report on the libraries whose results are given, as Markdown."""
-    parts = [HEADER, *_summary(results)]
-    for library, result in results.items():
+    whole = {library: result for library, result in results.items() if library != OTHERS}
+    parts = [HEADER, *_summary(whole)]
+    for library, result in whole.items():
         parts += _library(library, result["models"])
-    parts += [*_without_blocks(results), *_failures(results)]
+    parts += [*_without_blocks(whole), *_failures(whole)]
+    if OTHERS in results:
+        parts += others_section(results[OTHERS])
     return "\n\n".join(parts) + "\n"
 
 
@@ -67,7 +72,7 @@ def _summary(results: Mapping[str, Result]) -> Iterator[str]:
             ]
         )
     yield "## Summary"
-    yield _table(["library", "models", "with blocks", *VERDICTS, "made with"], rows)
+    yield table(["library", "models", "with blocks", *VERDICTS, "made with"], rows)
 
 
 def _share(done: int, names: int | None) -> str:
@@ -81,7 +86,7 @@ def _library(library: str, rows: Sequence[Row]) -> Iterator[str]:
     if checked:
         if any(row["task"] == "verify" for row in rows):
             yield "The smallest model with blocks of each file, with its weights on the CPU."
-        yield _table(
+        yield table(
             [
                 *(["file"] if "file" in checked[0] else []),
                 "model",
@@ -104,7 +109,7 @@ def _library(library: str, rows: Sequence[Row]) -> Iterator[str]:
     if analysed:
         yield f"### All models of {library}"
         yield "Analysed without weights, at the size that each is meant for; `+` is a failure."
-        yield _table(
+        yield table(
             ["file", "model: branches of residual / layers / refused"],
             [[file, _compact(members)] for file, members in _by_file(analysed).items()],
         )
@@ -114,12 +119,12 @@ def _library(library: str, rows: Sequence[Row]) -> Iterator[str]:
 
 def _checked_row(row: Row) -> list[Any]:
     verdict, why = verdict_of(row)
-    tickets = ", ".join(_number(ticket["parameters"]) for ticket in row.get("tickets", ()))
+    tickets = ", ".join(number(ticket["parameters"]) for ticket in row.get("tickets", ()))
     return [
         *([row["file"]] if "file" in row else []),
         row["name"],
         row.get("input", ""),
-        _number(row.get("parameters")),
+        number(row.get("parameters")),
         row.get("traced", ""),
         row.get("branches", ""),
         row.get("residual", ""),
@@ -152,7 +157,7 @@ def _leaf_reasons(rows: Iterable[Row]) -> Iterator[str]:
         reasons.update(row.get("leaf_reasons", {}))
     if reasons:
         yield "Modules that were not looked into, by reason:"
-        yield _table(["modules", "reason"], [[n, text] for text, n in reasons.most_common()])
+        yield table(["modules", "reason"], [[n, text] for text, n in reasons.most_common()])
 
 
 def _without_blocks(results: Mapping[str, Result]) -> Iterator[str]:
@@ -168,7 +173,7 @@ def _without_blocks(results: Mapping[str, Result]) -> Iterator[str]:
             [library, file if file != library else "", ", ".join(names), why]
             for (file, why), names in by_reason.items()
         ]
-    yield _table(["library", "file", "models", "why"], lines) if lines else "None."
+    yield table(["library", "file", "models", "why"], lines) if lines else "None."
 
 
 def _failures(results: Mapping[str, Result]) -> Iterator[str]:
@@ -180,7 +185,7 @@ def _failures(results: Mapping[str, Result]) -> Iterator[str]:
         for verdict, why in [verdict_of(row)]
         if verdict == "failed"
     ]
-    yield _table(["library", "model", "step", "why"], lines) if lines else "None."
+    yield table(["library", "model", "step", "why"], lines) if lines else "None."
 
 
 def _states(rows: Iterable[Row]) -> dict[str, str]:
@@ -207,31 +212,3 @@ def _by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _counts(values: Iterable[str]) -> str:
     return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common()) + "."
-
-
-def _number(count: int | None) -> str:
-    if count is None:
-        return ""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return (
-                f"{count / size:.3g} {unit}"
-                if count < 999.5 * size
-                else f"{count / size:.0f} {unit}"
-            )
-    return str(count)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
-    return "\n".join(lines)
-
-
-def _line(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(value: Any) -> str:
-    """Return text that stays within its cell; a `<` of an error message is no tag."""
-    text = " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-    return text.replace("&lt;br>", "<br>")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ __all__ = ["Progress", "versions"]
 Row = dict[str, Any]
 
 
-def versions(library: str) -> dict[str, str]:
-    """Return the versions that a row depends on."""
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Return the versions that the rows of these distributions depend on."""
     return {
         "blockprune": metadata.version("blockprune"),
         "torch": str(torch.__version__),
-        library: metadata.version(library),
+        **{name: metadata.version(name) for name in distributions},
     }
 
 
@@ -33,18 +33,23 @@ class Progress:
         self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.exists():
-            self.rows = [row for row in _read(path) if row.get("versions") == self.made_with]
+            self.rows = [row for row in _read(path) if row.get("versions") == self._of(row)]
         # What a killed sweep left of its last line must not be written on.
         path.write_text("".join(_line(row) for row in self.rows))
 
     def add(self, row: Row) -> Row:
         """Keep a row, on disk before this returns."""
-        row = {**row, "versions": self.made_with}
+        row = {**row, "versions": self._of(row)}
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(_line(row))
             file.flush()
         return row
+
+    def _of(self, row: Row) -> dict[str, str]:
+        """Return the versions that a row depends on: of its own library, not of the others."""
+        names = ("blockprune", "torch", row.get("library"))
+        return {name: self.made_with[name] for name in names if name in self.made_with}
 
     def found(self, **label: str) -> Row | None:
         """Return the row that has these fields."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import re
+import random
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from blockprune.blocks import BlockAnalysis, ResidualBlock
 from blockprune.errors import BlockpruneError
 
 from .counting import count_adds
+from .misses import misses, normalised
 from .oracle import Cut, Oracle, Verdict
 
 __all__ = ["Row", "study", "verdict_of"]
@@ -30,8 +31,12 @@ MODES = ("eval", "train")
 DOUBLE_ULPS = 2**20
 
 
-def study(model: nn.Module, inputs: Any, *, verify: bool) -> Iterator[Row]:
-    """Analyse a model and, if asked, check tickets of it; yield the row as it fills up."""
+def study(model: nn.Module, inputs: Any, *, verify: bool, thorough: bool = False) -> Iterator[Row]:
+    """Analyse a model and, if asked, check tickets of it; yield the row as it fills up.
+
+    A thorough study has tickets without one, several and all branches, in place of one ticket
+    without three of them, and says which residual adds no block was made of.
+    """
     seconds: dict[str, float] = {}
     row: Row = {
         "input": _shapes(inputs),
@@ -43,14 +48,17 @@ def study(model: nn.Module, inputs: Any, *, verify: bool) -> Iterator[Row]:
     row |= _analysis_fields(analysis)
     yield row
     with _timed(seconds, "adds"):
-        row |= dataclasses.asdict(count_adds(model, inputs))
+        adds = count_adds(model, inputs)
+    row |= {"activations": adds.activations, "residual": adds.residual}
+    if thorough:
+        row["missed"] = [dataclasses.asdict(miss) for miss in misses(analysis, adds.owners)]
     yield _with_peak(row)
     if not verify or not analysis.blocks:
         return
     with _timed(seconds, "layers"):
         layers = find_blocks(model, inputs, granularity="layer")
     row["tickets"] = tickets = []
-    cuts = [Cut(branches=tuple(_spread(list(analysis.blocks), 3)))]
+    cuts = _thorough_cuts(analysis.blocks) if thorough else [_spread_cut(analysis.blocks)]
     if whole := _whole_layers(layers):
         cuts.append(Cut(layers=tuple(_spread(whole, 2))))
     made = []
@@ -67,7 +75,7 @@ def study(model: nn.Module, inputs: Any, *, verify: bool) -> Iterator[Row]:
             }
         )
         yield _with_peak(row)
-    sought = cuts[0].branches
+    sought = tuple(dict.fromkeys(block for cut in cuts for block in cut.branches))
     for mode in MODES:
         with _timed(seconds, mode):
             oracle = Oracle(model, inputs, analysis, sought, train=mode == "train")
@@ -129,19 +137,11 @@ def _analysis_fields(analysis: BlockAnalysis) -> Row:
         "traced": extent,
         "regions": len(traced.regions),
         "leaves": len(traced.opaque),
-        "leaf_reasons": dict(Counter(map(_normalised, traced.opaque.values())).most_common()),
+        "leaf_reasons": dict(Counter(map(normalised, traced.opaque.values())).most_common()),
         "branches": len(analysis.blocks),
         "layers": len(analysis.cuts.layers),
         "refused": dict(Counter(str(r.reason) for r in analysis.rejections).most_common()),
     }
-
-
-def _normalised(reason: str) -> str:
-    """Return a leaf's reason without what distinguishes one model from another."""
-    reason = re.sub(r" ?\(at .*\)", "", reason)
-    reason = re.sub(r"'[^']*'", "'...'", reason)
-    reason = re.sub(r"\d+", "N", reason)
-    return reason if len(reason) <= 120 else reason[:117] + "..."
 
 
 def _why_none(row: Mapping[str, Any]) -> str:
@@ -151,10 +151,27 @@ def _why_none(row: Mapping[str, Any]) -> str:
     return f"refused: {refused or 'nothing'}"
 
 
-def _spread(blocks: list[ResidualBlock], count: int) -> list[ResidualBlock]:
-    """Return the first, the last and what lies between, none of them contained in another."""
+def _spread_cut(blocks: Sequence[ResidualBlock]) -> Cut:
+    return Cut(branches=tuple(_spread(blocks, 3)))
+
+
+def _thorough_cuts(blocks: Sequence[ResidualBlock]) -> list[Cut]:
+    """Return cuts of one branch, of several, of all, and of all that contain no other."""
+    draws = random.Random(len(blocks))
+    several = draws.sample(blocks, (len(blocks) + 1) // 2)
+    innermost = [block for block in blocks if not block.contains]
+    chosen = [[draws.choice(blocks)], _outermost(several), _outermost(blocks), innermost]
+    return list(dict.fromkeys(Cut(branches=tuple(cut)) for cut in chosen))
+
+
+def _outermost(blocks: Sequence[ResidualBlock]) -> list[ResidualBlock]:
     inner = {name for block in blocks for name in block.contains}
-    outer = [block for block in blocks if block.name not in inner]
+    return [block for block in blocks if block.name not in inner]
+
+
+def _spread(blocks: Sequence[ResidualBlock], count: int) -> list[ResidualBlock]:
+    """Return the first, the last and what lies between, none of them contained in another."""
+    outer = _outermost(blocks)
     places = {round(i * (len(outer) - 1) / max(1, count - 1)) for i in range(count)}
     return [outer[place] for place in sorted(places)]
 
