@@ -50,6 +50,7 @@ class Trial:
         calls: how often both are called; each call is compared.
         backward: whether gradients are compared too, where the outputs have any.
         ulps: how many units in the last place values may differ, measured on the largest one.
+        gradient_ulps: the same for gradients, measured on the largest gradient of all.
     """
 
     inputs: Any
@@ -58,7 +59,8 @@ class Trial:
     within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     calls: int = 1
     backward: bool = True
-    ulps: float = 8
+    ulps: float = 4
+    gradient_ulps: float = 16
 
 
 def right(
@@ -166,7 +168,7 @@ def assert_alike(ticket: nn.Module, expected: nn.Module, trial: Trial) -> None:
     for number in range(trial.calls):
         wanted = _run(expected, trial)
         found = _run(ticket, trial)
-        problems = list(_problems(found, wanted, trial.ulps))
+        problems = list(_problems(found, wanted, trial))
         assert not problems, f"silent difference, call {number} of {_told(trial)}: {problems}"
 
 
@@ -213,20 +215,20 @@ def _loss(leaves: Iterable[Any]) -> Tensor | None:
     return torch.stack(terms).sum() if terms else None
 
 
-def _problems(found: _Run, wanted: _Run, ulps: float) -> Iterator[str]:
+def _problems(found: _Run, wanted: _Run, trial: Trial) -> Iterator[str]:
     if found.structure != wanted.structure:
         yield f"output structure {found.structure} instead of {wanted.structure}"
         return
     for index, (mine, theirs) in enumerate(zip(found.leaves, wanted.leaves, strict=True)):
-        if problem := difference(mine, theirs, ulps):
+        if problem := difference(mine, theirs, trial.ulps):
             yield f"output {index}: {problem}"
     for name, tensor in found.state.items():
-        if name in wanted.state and (problem := difference(tensor, wanted.state[name], ulps)):
-            # The layers of zeros are gone in the ticket, so that all others are equal.
+        theirs = wanted.state.get(name)
+        if theirs is not None and (problem := difference(tensor, theirs, trial.ulps)):
             yield f"{name}: {problem}"
     largest = max((float(g.abs().max()) for g in wanted.gradients.values()), default=0.0)
     for name in {**wanted.gradients, **found.gradients}:
-        yield from _gradient_problems(name, found, wanted, ulps, largest)
+        yield from _gradient_problems(name, found, wanted, trial.gradient_ulps, largest)
 
 
 def _gradient_problems(
@@ -327,6 +329,8 @@ def _portrait(value: Any, seen: set[int]) -> Any:
 
 
 def _tensor_portrait(tensor: Tensor, seen: set[int]) -> Any:
+    if tensor.is_meta:
+        return "a tensor without data"
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return (
         id(tensor),

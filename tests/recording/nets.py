@@ -129,16 +129,12 @@ HOSTS = {
 }
 
 
-def on_hosts(acts: Iterable[Act], *hosts: str) -> pytest.MarkDecorator:
-    """Parametrise a test with (act, host): every act, at all of the hosts or those named."""
-    return pytest.mark.parametrize(
-        ("act", "host"),
-        [
-            pytest.param(act, HOSTS[host], id=f"{act.__name__}-{host}")
-            for act in acts
-            for host in (hosts or HOSTS)
-        ],
-    )
+def on_hosts(acts: Iterable[Act], *hosts: str) -> Callable[[Any], Any]:
+    """Parametrise a test with `act` and `host`: every act, at all of the hosts or those named."""
+    names = hosts or tuple(HOSTS)
+    at_hosts = pytest.mark.parametrize("host", [HOSTS[name] for name in names], ids=names)
+    with_acts = pytest.mark.parametrize("act", list(acts), ids=lambda act: act.__name__)
+    return lambda test: at_hosts(with_acts(test))
 
 
 def hold(
