@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-Lengths = dict[str, dict[str, int]]
+Values = dict[tuple[str, int], list[str]]
+"""For each test and each of its parametrisations, the ids of the values."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -20,34 +20,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--large") or by_name:
         return
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    lengths = _lengths(here)
-    dropped = [item for item in here if not _is_on_the_diagonal(item, lengths)]
-    config.hook.pytest_deselected(items=dropped)
-    gone = {item.nodeid for item in dropped}
-    items[:] = [item for item in items if item.nodeid not in gone]
+    values = _values(here)
+    dropped = {item.nodeid: item for item in here if not _is_on_the_diagonal(item, values)}
+    config.hook.pytest_deselected(items=list(dropped.values()))
+    items[:] = [item for item in items if item.nodeid not in dropped]
 
 
-def _indices(item: pytest.Item) -> dict[str, int]:
-    return dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+def _ids(item: pytest.Item) -> dict[tuple[str, int], str]:
+    """Return the id of the value that an item has of each parametrisation of its test."""
+    test = item.nodeid.partition("[")[0]
+    ids = item.callspec._idlist if hasattr(item, "callspec") else ()
+    return {(test, place): str(name) for place, name in enumerate(ids)}
 
 
-def _test(item: pytest.Item) -> str:
-    return item.nodeid.partition("[")[0]
-
-
-def _lengths(items: list[pytest.Item]) -> Lengths:
-    """Return for each test how many values each of its parameters has."""
-    lengths: Lengths = defaultdict(dict)
+def _values(items: list[pytest.Item]) -> Values:
+    values: Values = {}
     for item in items:
-        for name, index in _indices(item).items():
-            known = lengths[_test(item)]
-            known[name] = max(known.get(name, 0), index + 1)
-    return lengths
+        for place, name in _ids(item).items():
+            known = values.setdefault(place, [])
+            if name not in known:
+                known.append(name)
+    return values
 
 
-def _is_on_the_diagonal(item: pytest.Item, lengths: Lengths) -> bool:
-    indices, known = _indices(item), lengths[_test(item)]
-    longest = max(indices, key=lambda name: known[name], default=None)
+def _is_on_the_diagonal(item: pytest.Item, values: Values) -> bool:
+    ids = _ids(item)
+    indices = {place: values[place].index(name) for place, name in ids.items()}
+    longest = max(ids, key=lambda place: len(values[place]), default=None)
     return longest is None or all(
-        index == indices[longest] % known[name] for name, index in indices.items()
+        index == indices[longest] % len(values[place]) for place, index in indices.items()
     )

@@ -29,6 +29,8 @@ from tests.oracle import call, difference, flatten
 
 __all__ = [
     "Trial",
+    "assert_alike",
+    "assert_that_it_says_why",
     "reference",
     "right",
     "right_or_refused",
@@ -102,7 +104,8 @@ def right_or_refused(
     """Do what `right` does, but let blockprune refuse the cut or a trial; return the refusals."""
     refusals: list[BlockpruneError] = []
     _hold(model, example, trials, cut, zero, options, refusals)
-    assert all(len(str(error)) > 20 for error in refusals), "a refusal says why"
+    for error in refusals:
+        assert_that_it_says_why(error)
     return refusals
 
 
@@ -158,6 +161,11 @@ def assert_that_the_branch_matters(model: nn.Module, expected: nn.Module, exampl
     assert any(difference(a, b, 64) for a, b in zip(dense, zeroed, strict=True)), (
         "the test is empty: the branch makes no difference to the dense model"
     )
+
+
+def assert_that_it_says_why(error: BlockpruneError) -> None:
+    """Assert that a refusal is more than a name."""
+    assert len(str(error)) > 20
 
 
 def assert_alike(ticket: nn.Module, expected: nn.Module, trial: Trial) -> None:

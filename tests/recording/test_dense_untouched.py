@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import blockprune
-from tests.recording.law import Trial, reference, right_or_refused, same, untouched
+from tests.recording.law import (
+    Trial,
+    assert_that_it_says_why,
+    reference,
+    right_or_refused,
+    same,
+    untouched,
+)
 from tests.recording.nets import WIDTH, Block, features
 
 
@@ -230,7 +237,10 @@ def remove(model: nn.Module, x: Any) -> None:
 def score(model: nn.Module, x: Any) -> None:
     targets = torch.zeros(x.shape[0], 3)
     blockprune.score_blocks(
-        model, "grad_norm", (x, targets), loss_fn=lambda y, t: (y.flatten(1).mean(1) - t[:, 0]).sum()
+        model,
+        "grad_norm",
+        (x, targets),
+        loss_fn=lambda y, t: (y.flatten(1).mean(1) - t[:, 0]).sum(),
     )
 
 
@@ -252,7 +262,7 @@ def carried_out(use: Use, model: nn.Module, x: Any) -> None:
         try:
             use(model, x)
         except blockprune.BlockpruneError as error:
-            assert str(error)
+            assert_that_it_says_why(error)
 
 
 @pytest.mark.parametrize("kind", WRITERS, ids=lambda kind: kind.__name__)
@@ -331,7 +341,7 @@ def test_the_ticket_of_a_writer_writes_for_itself(kind: type[Block]) -> None:
         try:
             ticket = blockprune.remove_blocks(model, "2", features())
         except blockprune.BlockpruneError as error:
-            assert str(error)
+            assert_that_it_says_why(error)
             return
         x = features(3, 4, seed=5)
         expected = reference(model, "2.f")

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.recording.law import Trial, right, right_or_refused
-from tests.recording.nets import WIDTH, Act, Block, Host, Net, features, hold, on_hosts, ones, padded
+from tests.recording.nets import (
+    WIDTH,
+    Act,
+    Block,
+    Host,
+    Net,
+    features,
+    hold,
+    on_hosts,
+    ones,
+    padded,
+)
 
 
 def moved(dtype: torch.dtype, train: bool = False) -> Trial:

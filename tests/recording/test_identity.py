@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.recording.law import Trial, right, right_or_refused
-from tests.recording.nets import WIDTH, Block, Net, features, ones, padded
+from tests.recording.nets import WIDTH, Block, features, ones, padded
 
 Same = Callable[[Tensor, Tensor], bool]
 
@@ -93,9 +93,7 @@ def test_arguments_of_the_root(same: Same, where: str, first: bool, later: bool)
 
 
 def right_or_refused_as_is(net: nn.Module, example: Any, later: Any, **options: Any) -> None:
-    right_or_refused(
-        net, example, [Trial(later)], cut="blocks.1", zero="blocks.1.f", **options
-    )
+    right_or_refused(net, example, [Trial(later)], cut="blocks.1", zero="blocks.1.f", **options)
 
 
 @pytest.mark.parametrize("same", SAME.values(), ids=SAME)

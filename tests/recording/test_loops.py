@@ -1,8 +1,8 @@
 """Loops over layers that count them, when one is taken out of its list.
 
-Under `preserve_root` a layer that became a pass-through leaves the `ModuleList` or `Sequential` that
-holds it. Where the code around the list counts, the others must go on by their old numbers: either
-the layer stays in its place as a pass-through, or the cut is refused.
+Under `preserve_root` a layer that became a pass-through leaves the `ModuleList` or `Sequential`
+that holds it. Where the code around the list counts, the others must go on by their old numbers:
+either the layer stays in its place as a pass-through, or the cut is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory: what leaves a ticket is shared where it is shared in the dense model, and nowhere else."""
+"""Memory: what leaves a ticket is shared where it is in the dense model, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 import blockprune
 from tests.oracle import flatten
-from tests.recording.law import Trial, reference, right, right_or_refused, same, untouched
+from tests.recording.law import (
+    Trial,
+    assert_that_it_says_why,
+    reference,
+    right,
+    right_or_refused,
+    same,
+    untouched,
+)
 from tests.recording.nets import WIDTH, Block, features
 
 pytestmark = pytest.mark.filterwarnings("ignore:pass-throughs stay:UserWarning")
@@ -131,7 +139,7 @@ def test_a_weight_is_not_given_out() -> None:
         try:
             ticket = blockprune.remove_blocks(net, "block", features())
         except blockprune.BlockpruneError as error:
-            assert str(error)
+            assert_that_it_says_why(error)
             return
     with torch.no_grad():
         output = ticket(features())

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 import blockprune
 from tests.recording.law import Trial, right
-from tests.recording.nets import WIDTH, Act, Block, Host, Net, features, hold, on_hosts, ones, padded
+from tests.recording.nets import (
+    WIDTH,
+    Act,
+    Block,
+    Host,
+    Net,
+    features,
+    hold,
+    on_hosts,
+    ones,
+    padded,
+)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -316,9 +327,7 @@ class Reads(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         x = self.stem(torch.nn.functional.one_hot(input_ids, WIDTH).float())
         bias = None
-        if attention_mask is not None and not (
-            self.how == "all" and attention_mask.all()
-        ):
+        if attention_mask is not None and not (self.how == "all" and attention_mask.all()):
             bias = (1.0 - attention_mask[:, None, :].float()) * -1e4
         if self.how == "item" and attention_mask is not None:
             x = x / attention_mask.sum().item()

@@ -144,7 +144,9 @@ def test_the_fast_path_of_an_encoder() -> None:
     assert len(names) == 4
     # The fast path rounds in its own way.
     trial = Trial((features(), padded()), within=torch.no_grad, ulps=200)
-    right(model, (features(), ones()), [trial], cut=names[2], zero="inner.layers.1.self_attn.out_proj")
+    right(
+        model, (features(), ones()), [trial], cut=names[2], zero="inner.layers.1.self_attn.out_proj"
+    )
 
 
 class Decodes(nn.Module):
@@ -525,9 +527,7 @@ def test_children_of_any_name(name: str, where: str) -> None:
 @pytest.mark.parametrize("name", NAMES[:4])
 @pytest.mark.parametrize("where", ["parameter", "buffer"])
 def test_weights_of_any_name(name: str, where: str) -> None:
-    ticket = right(
-        Named(name, where), features(), [Trial(features(3))], cut="last", zero="last.f"
-    )
+    ticket = right(Named(name, where), features(), [Trial(features(3))], cut="last", zero="last.f")
     assert name in ticket.state_dict()
 
 

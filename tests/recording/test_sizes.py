@@ -62,7 +62,7 @@ def unpacked_with_a_star(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def added_to_a_tuple(x: Tensor, mask: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1] + (2, WIDTH // 2)).flatten(-2)
+    return x.reshape(x.shape[:-1] + (2, WIDTH // 2)).flatten(-2)  # noqa: RUF005
 
 
 def joined_of_a_list(x: Tensor, mask: Tensor) -> Tensor:
