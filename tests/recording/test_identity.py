@@ -97,7 +97,8 @@ def right_or_refused_as_is(net: nn.Module, example: Any, later: Any, **options: 
 
 
 @pytest.mark.parametrize("same", SAME.values(), ids=SAME)
-def test_values_inside(same: Same) -> None:
+@pytest.mark.parametrize("cut", ["blocks.0", "blocks.1", "blocks.2"])
+def test_values_inside(same: Same, cut: str) -> None:
     """The first block gets one tensor twice, the second two."""
 
     class Inside(nn.Module):
@@ -114,8 +115,7 @@ def test_values_inside(same: Same) -> None:
             return self.blocks[2](x, x)
 
     # Where the first branch goes, its merge *is* the memory, and was not in the dense model.
-    for cut in ("blocks.0", "blocks.1", "blocks.2"):
-        right_or_refused(Inside(), ONE, [Trial(OTHER)], cut=cut, zero=f"{cut}.f")
+    right_or_refused(Inside(), ONE, [Trial(OTHER)], cut=cut, zero=f"{cut}.f")
 
 
 @pytest.mark.parametrize("preserve_root", [False, True])
