@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -211,3 +212,34 @@ def test_a_weight_that_is_changed_or_replaced_acts() -> None:
 
     assert_alike(ticket, expected, Trial(features(3), prepare=change))
     assert_alike(ticket, expected, Trial(features(3), prepare=setting("bias", None)))
+
+
+HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
+    "backward": lambda module, hook: module.register_full_backward_hook(hook),
+    "before_backward": lambda module, hook: module.register_full_backward_pre_hook(hook),
+    "forward": lambda module, hook: module.register_forward_hook(hook),
+    "before_forward": lambda module, hook: module.register_forward_pre_hook(hook),
+    "of_a_weight": lambda module, hook: module.get_submodule("f").weight.register_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("where", ["1", "1.f", ""], ids=["block", "layer", "root"])
+@pytest.mark.parametrize("preserve_root", [False, True])
+def test_hooks_act_in_the_ticket_or_a_warning_says_that_they_are_lost(
+    register: Callable[..., Any], where: str, preserve_root: bool
+) -> None:
+    """A block that stays may dissolve in a graph, and its hooks with it."""
+    calls: list[str] = []
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[Regularised(nn.ReLU()) for _ in range(3)])
+    module = model.get_submodule(where)
+    if "weight" in register.__code__.co_names:
+        module = model[1]
+    register(module, lambda *_: calls.append(where))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ticket = blockprune.remove_blocks(model, "2", features(), preserve_root=preserve_root)
+    assert calls == [], "a hook ran while the model was cut"
+    ticket(features()).sum().backward()
+    told = [str(warning.message) for warning in caught]
+    assert len(calls) == 1 or any("hook" in message for message in told)
