@@ -17,7 +17,8 @@ __all__ = ["ParameterReaders"]
 class ParameterReaders:
     """The readers of every parameter of a traced model.
 
-    A parameter is known by identity, so that shared weights and aliased modules count once. One
+    A parameter is known by the tensor behind it (Python's object may be a new one each time it is
+    asked for, as in scripted modules), so that shared weights and aliased modules count once. One
     that belongs to a module outside all regions is read by code that was not traced, and never
     vanishes.
     """
@@ -29,15 +30,15 @@ class ParameterReaders:
         self._readers: dict[int, set[fx.Node | None]] = {}
         self._read_by: dict[fx.Node, list[int]] = {}
         for name, parameter in traced.root.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), name)
-            self._sizes[id(parameter)] = parameter.numel()
+            self._names.setdefault(parameter._cdata, name)
+            self._sizes[parameter._cdata] = parameter.numel()
             if not any(lies_in(name, path) for path in self._inner):
-                self._readers.setdefault(id(parameter), set()).add(None)
+                self._readers.setdefault(parameter._cdata, set()).add(None)
         for flow in flows:
             for node in flow.region.graph.nodes:
                 for parameter in self._parameters(flow, node):
-                    self._readers.setdefault(id(parameter), set()).add(node)
-                    self._read_by.setdefault(node, []).append(id(parameter))
+                    self._readers.setdefault(parameter._cdata, set()).add(node)
+                    self._read_by.setdefault(node, []).append(parameter._cdata)
 
     def vanishing(self, dead: frozenset[fx.Node]) -> int:
         """Return how many parameters (elements) nobody reads once `dead` is gone."""

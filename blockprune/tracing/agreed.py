@@ -103,6 +103,7 @@ class Agreement:
             if twins is None:
                 return False
             self.twins.append(twins)
+        self._look_at_longer()
         conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
         return all(condition() for condition in conditions)
 
@@ -213,6 +214,14 @@ class Agreement:
             self._bind(bound)
         return not culprits
 
+    def _look_at_longer(self) -> None:
+        """Keep the shapes of values where the arguments have no dimensions of size 1."""
+        run = self.runs.longer()
+        if run is not None and run.by_path.get(self.path):
+            culprits, twins, lines, bound = self._differences(run, _nothing)
+            if not culprits and not bound:
+                self.twins.append((run, lines, twins))
+
     # --- conditions -----------------------------------------------------------------------------
 
     def _aliases(self) -> bool:
@@ -270,13 +279,13 @@ class Agreement:
         if not reads:
             return True
         own = {self.main.lines[i].event.result for i in reads}
-        good = set(own)
+        good, differs = set(own), False
         for dtype in DTYPES:
-            if dtype in own:
-                continue
-            agrees = self._tolerates(self.runs.in_dtype(dtype))
+            run = None if dtype in own else self.runs.in_dtype(dtype)
+            agrees = self._tolerates(run)
             if agrees is None:
                 return False
+            differs = differs or (run is not None and not agrees)
             if agrees:
                 good.add(dtype)
         if self._tolerates(self.runs.under_autocast()) is None:
@@ -285,7 +294,9 @@ class Agreement:
         missing = [dtype for dtype in DTYPES if dtype not in good]
         for number in reads:
             line = self.main.lines[number]
-            if missing and number not in handed_on and line.event.result in DTYPES:
+            # One that is handed on may decide something as well.
+            is_asked = differs or number not in handed_on
+            if missing and is_asked and line.event.result in DTYPES:
                 allowed = tuple(dtype for dtype in DTYPES if dtype in good)
                 check = Check(expect_dtype, (line.args[0], allowed, _place(line)))
                 self.checks.setdefault(number, []).append(check)

@@ -183,7 +183,8 @@ class _Writer:
         self.guarded.add(key)
         value = args[0] if step.func is same_size else self._call(step, args, kwargs)
         self.facts.values.setdefault(value, step.result)
-        self._guard(expect_size, (step.text, value, step.result, step.line))
+        sizes = () if step.func is same_size else args
+        self._guard(expect_size, (step.text, value, step.result, step.line, *sizes))
 
     def _call(self, step: Step, args: Any, kwargs: Any) -> fx.Node:
         func, name = step.func, getattr(step.func, "__name__", "")

@@ -43,8 +43,8 @@ def expect_constant(name: str, value: Any, expected: Any) -> None:
         )
 
 
-def expect_size(text: str, value: Any, expected: Any, line: str) -> None:
-    """Refuse a call for which a size, or what was asked of one, is not what it was.
+def expect_size(text: str, value: Any, expected: Any, line: str, *sizes: Any) -> None:
+    """Refuse a call for which a size, or what was asked of `sizes`, is not what it was.
 
     Raises:
         TraceError: it differs.
@@ -52,9 +52,14 @@ def expect_size(text: str, value: Any, expected: Any, line: str) -> None:
     if value != expected:
         raise TraceError(
             f"this ticket was cut where {text} is {expected!r} and only knows that case; got "
-            f"{value!r}. The forward goes by it{f' at {line}' if line else ''}. Cut it again with "
-            "example_inputs like these."
+            f"{value!r}{_where(sizes)}. The forward goes by it{f' at {line}' if line else ''}. Cut "
+            "it again with example_inputs like these."
         )
+
+
+def _where(sizes: tuple[Any, ...]) -> str:
+    numbers = [str(size) for size in sizes if isinstance(size, int | float)]
+    return f" (of {', '.join(numbers)})" if numbers else ""
 
 
 def expect_rank(name: str, value: Any, expected: int) -> None:

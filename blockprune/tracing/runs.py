@@ -77,6 +77,21 @@ class Runs:
             yield from _present(self._attempt("batch", wider, train=False))
         yield from _present(in_train)
 
+    def longer(self) -> Run | None:
+        """Return the recording in which dimensions of size 1, but for the samples, have size 2."""
+
+        def grown(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach().clone()
+            for dimension in range(1, tensor.dim()):
+                if tensor.shape[dimension] == 1:
+                    tensor = torch.cat([tensor, tensor], dimension)
+            return tensor
+
+        given = list(tensors_in((self.call.args, self.call.kwargs)))
+        if not any(1 in tensor.shape[1:] for tensor in given):
+            return None
+        return self._attempt("longer", self.call.map(grown), train=False)
+
     def _merging(self) -> frozenset[str]:
         """Return the paths of modules in whose own forward tensors of one shape are added."""
         steps = (

@@ -108,6 +108,8 @@ def _random_cells() -> Iterator[Cell]:
 
 def _module_cells(model: nn.Module) -> Iterator[Cell]:
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # its state is not Python's
         yield Cell(f"attributes of {path!r}" if path else "its attributes", _attributes_of(module))
 
 
@@ -180,6 +182,11 @@ def _code_cells(model: nn.Module) -> Iterator[Cell]:
                 functions.append(function)
             if not name.startswith("__"):
                 yield from _cell(f"{kind.__name__}.{name}", kind, name, value)
+    for module in model.modules():
+        for value in vars(module).values():
+            function = inspect.unwrap(getattr(value, "func", value)) if callable(value) else None
+            if isinstance(function, FunctionType):
+                functions.append(function)
     yield from _named_by(functions)
 
 
