@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from blockprune.surgery.remnants import Dissolved, GoneTensor, GraphRemnant, Remnant, remnant_of
@@ -51,6 +52,10 @@ class _Rebuilding:
         nodes = list(graph.nodes)
         self.called = {str(node.target) for node in nodes if node.op == "call_module"}
         self.read = {str(node.target) for node in nodes if node.op == "get_attr"}
+        # A module that one mode alone calls is read, and called by a function.
+        modules = {name for name in self.read if _is_module(module, name)}
+        self.called |= modules
+        self.read -= modules
         self.gone = _with_outer(nodes[-1].meta.get(GONE_KEY, ()))
         # A module is there as long as something of it is, even if that is no module.
         owners = {
@@ -119,8 +124,11 @@ class _Rebuilding:
             return twin, stays
         if not is_gone and not stays and self.path and name not in self.gone:
             return self._keep(child), True
-        remnant = remnant_of(child, Dissolved)
-        self._rebuild(remnant, child, name, is_gone=not stays)
+        # A scripted module is compiled code: nothing of it can be left but the name.
+        left = nn.Module() if isinstance(child, torch.jit.ScriptModule) else child
+        remnant = remnant_of(left, Dissolved)
+        self._rebuild(remnant, left, name, is_gone=not stays)
+        self.twins[id(child)] = remnant
         return remnant, stays
 
     def _stays(self, tensor: Tensor, name: str) -> bool:
@@ -168,6 +176,11 @@ class _Rebuilding:
         if isinstance(value, list):
             return found
         return tuple(found) if isinstance(value, tuple) else set(found)
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    owner, _, key = name.rpartition(".")
+    return key in module.get_submodule(owner)._modules
 
 
 def _with_outer(names: Iterable[str]) -> frozenset[str]:

@@ -42,7 +42,15 @@ from blockprune.surgery.comparing import (
     snapshot,
 )
 from blockprune.surgery.hiding import changed_weights, changes_of, doubled, other_calls, shapes_of
-from blockprune.tracing import Call, copy_model, isolated, refused, structural_copy, tensors_in
+from blockprune.tracing import (
+    Call,
+    aliased_copy,
+    copy_model,
+    isolated,
+    refused,
+    structural_copy,
+    tensors_in,
+)
 
 __all__ = ["Link", "Proof", "Situation", "Verified"]
 
@@ -179,7 +187,7 @@ class Proof:
         ticket: nn.Module,
         names: Callable[[str], str],
         room: float,
-        copy: Callable[[nn.Module], nn.Module] = structural_copy,
+        copy: Callable[[nn.Module], nn.Module] = aliased_copy,
     ) -> Verified:
         changes = changes_of(self.model)
         dense = changed_weights(copy(self.model), changes)
@@ -311,7 +319,8 @@ class Proof:
                 for buffer, value in values.items():
                     buffer.copy_(value)
             for holder, before in buffers:
-                holder._buffers.update(before)
+                if not isinstance(holder, torch.jit.ScriptModule):
+                    holder._buffers.update(before)
 
 
 def _in_double(model: nn.Module) -> nn.Module:

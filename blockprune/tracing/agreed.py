@@ -18,9 +18,11 @@ from torch import fx, nn
 from blockprune.errors import TraceError, raise_if_out_of_memory
 from blockprune.tracing.agreement import (
     Bound,
+    Fork,
     Line,
     Lines,
     Ref,
+    Theirs,
     Unresolved,
     Variation,
     compare,
@@ -29,7 +31,7 @@ from blockprune.tracing.agreement import (
 )
 from blockprune.tracing.calls import Binding, Call, bind, constants_of
 from blockprune.tracing.facts import Facts
-from blockprune.tracing.graphs import Check, Finfo, Flag, graph_of
+from blockprune.tracing.graphs import ByMode, Check, Finfo, Flag, graph_of
 from blockprune.tracing.guards import (
     expect_device,
     expect_distinct,
@@ -66,6 +68,8 @@ class Agreement:
         self.checks: dict[int, list[Check]] = {}
         self.bound: dict[tuple[int, tuple[Any, ...]], Any] = {}
         self.free: set[str] = set()
+        self.forks: list[Fork] = []
+        self.is_narrow = False
 
     def graph(self) -> tuple[fx.Graph, Facts]:
         """Return the graph, and the facts of its nodes.
@@ -77,16 +81,15 @@ class Agreement:
             self.main = self._lines(self.runs.main, 0)
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
         self._check_ranks()
-        for (number, (name, *where)), value in self.bound.items():
-            line = self.main.lines[number]
-            setattr(line, name, replaced(getattr(line, name), tuple(where), value))
+        for (number, where), value in self.bound.items():
+            _put(self.main.lines[number], where, value)
         bindings = [
             dataclasses.replace(binding, is_constant=False)
             if binding.name in self.free
             else binding
             for binding in self._bindings(self.main.top)
         ]
-        return graph_of(self.main, bindings, self.checks, others)
+        return graph_of(self.main, bindings, self.checks, others, self.forks)
 
     def _settled(self) -> bool:
         """Compare all recordings; whether no more modules have to be called."""
@@ -97,13 +100,9 @@ class Agreement:
             return False
         for index in range(1, len(self.runs.main.by_path[self.path])):
             self._compare_calls(index)
-        for run in self.runs.always():
-            explain = _flag if run.mode == "train" else _nothing
-            twins = self._agree(run, explain, _MODE)
-            if twins is None:
-                return False
-            self.twins.append(twins)
-        self._look_at_longer()
+        if not (self._agrees_narrowly() if self.is_narrow else self._agrees_always()):
+            return False
+        self._look_at(self.runs.longer())
         conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
         return all(condition() for condition in conditions)
 
@@ -158,14 +157,18 @@ class Agreement:
         run: Run,
         explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
         reason: str,
+        forks: list[Fork] | None = None,
     ) -> tuple[Run, Lines, dict[int, int]] | None:
         """Bind what varies in `run`; None where modules have to be called first.
 
         Raises:
             TraceError: the forward of the module itself differs.
         """
-        culprits, twins, lines, bound = self._differences(run, explain)
+        culprits, twins, lines, bound = self._differences(run, explain, forks=forks)
         for path, code in culprits.items():
+            if path in self.runs.merging and not self.is_narrow and self.runs.alike() is not None:
+                self.is_narrow = True
+                return None
             self._call(path, f"{reason}{f' (at {code})' if code else ''}")
         if culprits:
             return None
@@ -178,11 +181,12 @@ class Agreement:
         explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
         *,
         loose: bool = False,
+        forks: list[Fork] | None = None,
     ) -> tuple[dict[str, str], dict[int, int], Lines, list[tuple[Variation, Any]]]:
         if not run.by_path.get(self.path):
             raise TraceError("is not called as often in every run")
         lines = self._lines(run, 0)
-        culprits, variations, twins = compare(self.main, lines, loose=loose)
+        culprits, variations, twins = compare(self.main, lines, loose=loose, forks=forks)
         bound = []
         for variation in variations:
             line = self.main.lines[variation.line]
@@ -214,9 +218,60 @@ class Agreement:
             self._bind(bound)
         return not culprits
 
-    def _look_at_longer(self) -> None:
-        """Keep the shapes of values where the arguments have no dimensions of size 1."""
-        run = self.runs.longer()
+    def _agrees_always(self) -> bool:
+        """Whether the recordings in another mode and of other batch sizes agree."""
+        for run in self.runs.always():
+            explain = _flag if run.mode == "train" else _nothing
+            try:
+                twins = self._agree(run, explain, _MODE)
+            except TraceError:
+                if self.runs.alike() is None:
+                    raise
+                # A size decides, and is guarded; or the modes have lines of their own.
+                self.is_narrow = True
+                return False
+            if twins is None:
+                return False
+            self.twins.append(twins)
+        return True
+
+    def _agrees_narrowly(self) -> bool:
+        """Whether train mode, at the batch size of the example, differs in explicable ways."""
+        run = self.runs.alike()
+        assert run is not None
+        self.forks = []
+        twins = self._agree(run, _by_mode, _MODE, forks=self.forks)
+        if twins is None:
+            return False
+        self.twins.append(twins)
+        self._follow_dtypes(twins[1])
+        self._look_at(self.runs.wider())
+        return True
+
+    def _follow_dtypes(self, lines: Lines) -> None:
+        """Bind dtypes that are handed on in lines of train mode alone.
+
+        Raises:
+            TraceError: they are more than handed on.
+        """
+        own = [lines.lines[i] for fork in self.forks for i in range(*fork.theirs)]
+        reads = [line for line in own if line.kind == "read" and line.event.func == "dtype"]
+        if not reads:
+            return
+        other = torch.float64 if reads[0].event.result is torch.bfloat16 else torch.bfloat16
+        run = self.runs.in_dtype(other, train=True)
+        if run is None:
+            raise TraceError(_MODE)
+        theirs = self._lines(run, 0)
+        culprits, variations, twins = compare(lines, theirs)
+        values = [_dtype(lines, theirs, twins, variation) for variation in variations]
+        if culprits or None in values:
+            raise TraceError(_MODE)
+        for variation, value in zip(variations, values, strict=True):
+            _put(lines.lines[variation.line], variation.where, value)
+
+    def _look_at(self, run: Run | None) -> None:
+        """Keep the shapes of values under another condition, where it changes nothing else."""
         if run is not None and run.by_path.get(self.path):
             culprits, twins, lines, bound = self._differences(run, _nothing)
             if not culprits and not bound:
@@ -358,7 +413,8 @@ class Agreement:
 
     def _check_ranks(self) -> None:
         """Guard the ranks of the arguments, where a rank or a whole shape is asked for."""
-        if not any(_asks_for_rank(line) for line in self.main.lines):
+        every = [self.main, *(lines for _, lines, _ in self.twins)]
+        if not any(_asks_for_rank(line) for lines in every for line in lines.lines):
             return
         for binding in self._bindings(self.main.top):
             value = binding.value
@@ -366,6 +422,11 @@ class Agreement:
                 rank = len(value.fact.shape)
                 check = Check(expect_rank, (binding.name, Ref(Bound(binding.name)), rank))
                 self.checks.setdefault(-1, []).append(check)
+
+
+def _put(line: Line, where: tuple[Any, ...], value: Any) -> None:
+    name, *keys = where
+    setattr(line, name, replaced(getattr(line, name), tuple(keys), value))
 
 
 def _asks_for_rank(line: Line) -> bool:
@@ -415,9 +476,23 @@ def _nothing(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variat
 def _flag(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
     """A flag that is False in eval mode and True in train mode."""
     if found.ours is False and found.theirs is True:
-        path = ours.lines[found.line].path
-        return Flag("" if path == ours.top.path else ours.relative(path))
+        return Flag(ours.lines[found.line].path)
     return None
+
+
+def _by_mode(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
+    """A value that is another one in train mode, of as many samples."""
+    back = {their: our for our, their in twins.items()}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Ref) and isinstance(value.source, int):
+            return Ref(back.get(value.source, Theirs(value.source)), value.keys)
+        return value
+
+    path = ours.lines[found.line].path
+    if found.ours is False and found.theirs is True:
+        return Flag(path)
+    return ByMode(path, found.ours, moved(found.theirs))
 
 
 def _handed_on(

@@ -13,16 +13,18 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from blockprune.tracing.calls import Binding
 from blockprune.tracing.recording import Attribute, Built, Field, Invocation, Known, Step
 
 __all__ = [
     "Bound",
+    "Fork",
     "Line",
     "Lines",
     "Ref",
+    "Theirs",
     "Unresolved",
     "Variation",
     "compare",
@@ -78,6 +80,27 @@ class Variation:
     where: tuple[Any, ...]
     ours: Any
     theirs: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """Lines of one module that run in one mode only: ours in eval mode, theirs in train mode.
+
+    Attributes:
+        path: of the module.
+        ours, theirs: numbers of the first line and of the one behind the last.
+    """
+
+    path: str
+    ours: tuple[int, int]
+    theirs: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+    """The source of a `Ref` to a line that only the other recording has, by its number there."""
+
+    number: int
 
 
 class Unresolved(Exception):
@@ -200,11 +223,14 @@ class Lines:
 
 
 def compare(
-    ours: Lines, theirs: Lines, *, loose: bool = False
+    ours: Lines, theirs: Lines, *, loose: bool = False, forks: list[Fork] | None = None
 ) -> tuple[dict[str, str], list[Variation], dict[int, int]]:
     """Compare two recordings of one module.
 
-    `loose`: it does not matter which argument a line refers to.
+    Args:
+        ours, theirs: the recordings.
+        loose: it does not matter which argument a line refers to.
+        forks: where given, lines that run in one mode only are added here, and are no difference.
 
     Returns:
         The modules whose own forward differs, with the line of code; the constants that differ; and
@@ -226,6 +252,12 @@ def compare(
                 a, b = a + 1, b + 1
                 continue
         culprit = one.path
+        fork = None if forks is None else _fork(ours, theirs, a, b)
+        if forks is not None and fork is not None:
+            del twins[a]
+            forks.append(fork)
+            a, b = fork.ours[1], fork.theirs[1]
+            continue
         culprits.setdefault(culprit, _code(one) or _code(other))
         start, end = ours.span(a, culprit)
         _, their_end = theirs.span(b, culprit)
@@ -242,6 +274,32 @@ def compare(
     return culprits, variations, twins
 
 
+def _fork(ours: Lines, theirs: Lines, a: int, b: int) -> Fork | None:
+    """Return the lines from a and b on up to where the forward of their module goes on alike."""
+    path = ours.lines[a].path
+    if theirs.lines[b].path != path:
+        return None
+    end, their_end = (
+        len(lines.lines) if path == lines.top.path else lines.span(number, path)[1]
+        for lines, number in ((ours, a), (theirs, b))
+    )
+    if end is None or their_end is None:
+        return None
+    while end > a and their_end > b:
+        if _label(ours.lines[end - 1]) != _label(theirs.lines[their_end - 1]):
+            break
+        end, their_end = end - 1, their_end - 1
+    middle = (*ours.lines[a:end], *theirs.lines[b:their_end])
+    if (a, b) == (end, their_end) or not all(map(_may_be_of_one_mode, middle)):
+        return None
+    return Fork(path, (a, end), (b, their_end))
+
+
+def _may_be_of_one_mode(line: Line) -> bool:
+    is_rank = line.kind == "guard" and line.event.func is Tensor.dim  # type: ignore[union-attr]
+    return is_rank or line.kind in ("call", "module", "read")
+
+
 def _code(line: Line) -> str:
     return line.event.line if isinstance(line.event, Step) else ""
 
@@ -251,13 +309,6 @@ def _label(line: Line) -> Any:
     if isinstance(event, Invocation):
         return line.kind, event.path
     return line.kind, line.path, event.func, event.no_grad
-
-
-def _described(one: Line, other: Line) -> str:
-    for line in (one, other):
-        if isinstance(line.event, Step) and line.event.line:
-            return f"(at {line.event.line})"
-    return ""
 
 
 def _differences(
@@ -282,9 +333,9 @@ def _values_differ(
             return
         elif isinstance(a.source, int):
             if twins.get(a.source) != b.source or a.keys != b.keys:
-                yield Variation(0, (), a, b)
+                yield Variation(0, where, a, b)
         elif a != b:
-            yield Variation(0, (), a, b)
+            yield Variation(0, where, a, b)
         return
     if type(a) is not type(b):
         yield Variation(0, where, a, b)

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor, fx
 
 from blockprune.errors import TraceError
-from blockprune.tracing.agreement import Bound, Line, Lines, Ref, mapped
+from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, mapped
 from blockprune.tracing.calls import Binding, is_constant
 from blockprune.tracing.facts import Facts
-from blockprune.tracing.guards import WithoutGrad, expect_constant, expect_size
+from blockprune.tracing.guards import (
+    InMode,
+    WithoutGrad,
+    by_mode,
+    expect_constant,
+    expect_size,
+)
 from blockprune.tracing.recording import Built, Field, Invocation, Known, Step, knowns
 from blockprune.tracing.sizes import same_size
 
-__all__ = ["Check", "Finfo", "Flag", "drop_unused", "graph_of"]
+__all__ = ["ByMode", "Check", "Finfo", "Flag", "drop_unused", "graph_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,15 @@ class Flag:
     """The `training` flag of a module, which `.train()` and `.eval()` set."""
 
     path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMode:
+    """A value that is another one in each mode of the module at `path`."""
+
+    path: str
+    in_eval: Any
+    in_train: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +82,7 @@ def graph_of(
     bindings: Sequence[Binding],
     checks: Mapping[int, Sequence[Check]],
     others: Sequence[tuple[str, Lines, Mapping[int, int]]],
+    forks: Sequence[Fork] = (),
 ) -> tuple[fx.Graph, Facts]:
     """Return the graph of `lines`, and facts from all recordings.
 
@@ -75,11 +91,12 @@ def graph_of(
         bindings: the arguments.
         checks: guards to put behind a line, by its number; -1 for the beginning.
         others: mode, lines and twins of the further recordings that agree.
+        forks: where the first of these, in train mode, has lines of its own.
 
     Raises:
         TraceError: a graph cannot hold what the module returns, or how it is called.
     """
-    return _Writer(lines, bindings, checks, others).write()
+    return _Writer(lines, bindings, checks, others, forks).write()
 
 
 class _Writer:
@@ -89,13 +106,17 @@ class _Writer:
         bindings: Sequence[Binding],
         checks: Mapping[int, Sequence[Check]],
         others: Sequence[tuple[str, Lines, Mapping[int, int]]],
+        forks: Sequence[Fork],
     ) -> None:
         self.lines, self.bindings, self.checks, self.others = lines, bindings, checks, others
+        self.forks = {fork.ours[1]: fork for fork in forks}
+        self.in_eval = {i: fork for fork in forks for i in range(*fork.ours)}
         self.graph = fx.Graph()
         self.facts = Facts()
         self.nodes: dict[tuple[Any, tuple[Any, ...]], fx.Node] = {}
         self.line: Line | None = None
         self.guarded: set[Any] = set()
+        self.modes: dict[Any, tuple[str, bool]] = {}
 
     def write(self) -> tuple[fx.Graph, Facts]:
         with_default = False
@@ -104,10 +125,14 @@ class _Writer:
             self._placeholder(binding, with_default)
         self._write_checks(-1)
         for number, line in enumerate(self.lines.lines):
+            self._write_fork(number)
             self.line = line
-            if line.kind not in ("enter", "exit", "state"):
+            if number in self.in_eval:
+                self._write_in_mode(number, line, self.in_eval[number].path, train=False)
+            elif line.kind not in ("enter", "exit", "state"):
                 self._write_line(number, line)
             self._write_checks(number)
+        self._write_fork(len(self.lines.lines))
         self.line = None
         output = self.graph.output(self._argument(self.lines.result))
         self.facts.values[output] = mapped(self.lines.top.result, _fact)
@@ -174,6 +199,53 @@ class _Writer:
         self.nodes[number, ()] = node
         self._note(node, number)
 
+    def _write_fork(self, number: int) -> None:
+        """Write the lines of train mode that come in front of a line."""
+        fork = self.forks.get(number)
+        if fork is None:
+            return
+        _, theirs, twins = self.others[0]
+        ours = {their: our for our, their in twins.items()}
+
+        def change(item: Any) -> Any:
+            if isinstance(item, Ref) and isinstance(item.source, int):
+                source = ours.get(item.source, Theirs(item.source))
+                return Ref(source, item.keys)
+            return item
+
+        for index in range(*fork.theirs):
+            self.line = line = theirs.lines[index]
+            moved = dataclasses.replace(
+                line, args=mapped(line.args, change), kwargs=mapped(line.kwargs, change)
+            )
+            self._write_in_mode(Theirs(index), moved, fork.path, train=True)
+
+    def _write_in_mode(self, source: int | Theirs, line: Line, path: str, *, train: bool) -> None:
+        event = line.event
+        if line.kind == "guard":
+            return  # of a rank, which is known from those of the arguments
+        args, kwargs = self._argument(line.args), self._argument(line.kwargs)
+        if line.kind == "read":
+            target: Any = getattr
+            args = (*args, event.func)
+        elif isinstance(event, Invocation):
+            target = operator.call
+            args = (self._read_attribute(self.lines.relative(event.path)), *args)
+        else:
+            target = event.func
+            if event.no_grad:
+                target = WithoutGrad(_named(target))
+            target = _named(target)
+        self.modes[source] = path, train
+        node = self._made_in_mode(source, target, args, kwargs)
+        self.nodes[source, ()] = node
+        self._note(node, source)
+
+    def _made_in_mode(self, source: Any, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+        path, train = self.modes[source]
+        flag = self._argument(Flag(path))
+        return self._made("call_function", InMode(target, train), (flag, *args), kwargs)
+
     def _write_guard(self, step: Step, args: Any, kwargs: Any) -> None:
         if step.func is torch.Tensor.dim:
             return  # known from the ranks of the arguments
@@ -189,7 +261,7 @@ class _Writer:
     def _call(self, step: Step, args: Any, kwargs: Any) -> fx.Node:
         func, name = step.func, getattr(step.func, "__name__", "")
         if step.no_grad:
-            target = WithoutGrad(name if _is_method(func) else func)
+            target = WithoutGrad(_named(func))
             return self._made("call_function", target, args, kwargs)
         is_operator = name in _OPERATORS and func is getattr(Tensor, name, None)
         if is_operator and not kwargs and len(args) == (1 if name in _UNARY else 2):
@@ -217,7 +289,10 @@ class _Writer:
             if isinstance(item, Ref):
                 return self._node(item.source, item.keys)
             if isinstance(item, Flag):
-                return self._read_attribute(f"{item.path}.training".lstrip("."))
+                path = "" if item.path == self.lines.top.path else self.lines.relative(item.path)
+                return self._read_attribute(f"{path}.training".lstrip("."))
+            if isinstance(item, ByMode):
+                return self._chosen(item)
             if isinstance(item, Finfo):
                 dtype = self._node(item.read.source, item.read.keys)
                 return self._derived(getattr, self._derived(torch.finfo, dtype), item.name)
@@ -251,16 +326,34 @@ class _Writer:
         if (source, keys) not in self.nodes:
             if keys:
                 holder, key = self._node(source, keys[:-1]), keys[-1]
+                func = getattr if isinstance(key, Field) else operator.getitem
+                args = holder, key.name if isinstance(key, Field) else key
                 node = (
-                    self._made("call_function", getattr, (holder, key.name))
-                    if isinstance(key, Field)
-                    else self._made("call_function", operator.getitem, (holder, key))
+                    self._made_in_mode(source, func, args)
+                    if source in self.modes
+                    else self._made("call_function", func, args)
                 )
             else:
                 node = self._read_attribute(str(source))
             self.nodes[source, keys] = node
             self._note(node, source, keys)
         return self.nodes[source, keys]
+
+    def _chosen(self, item: ByMode) -> fx.Node:
+        flag = self._argument(Flag(item.path))
+        values = [self._argument(item.in_eval), self._argument(item.in_train)]
+        node = self._made("call_function", by_mode, (flag, *values))
+        in_eval, in_train = (v if isinstance(v, fx.Node) else None for v in values)
+        self.facts.values[node] = item.in_eval
+        self.facts.storages[node] = frozenset()
+        for mode, value in (("eval", in_eval), ("train", in_train)):
+            if value is not None:
+                found = self.facts.storages.get(value, frozenset())
+                self.facts.storages[node] |= {place for place in found if place[0] == mode}
+        if in_eval is not None:
+            self.facts.values[node] = self.facts.values[in_eval]
+            self.facts.elsewhere[node] = self.facts.elsewhere.get(in_eval, [])
+        return node
 
     def _read_attribute(self, name: str) -> fx.Node:
         node = self._made("get_attr", name)
@@ -271,6 +364,9 @@ class _Writer:
 
     def _note(self, node: fx.Node, source: Any, keys: tuple[Any, ...] = ()) -> None:
         """Keep what the recordings have shown of the value that `node` stands for."""
+        if isinstance(source, Theirs):
+            self._note_theirs(node, source, keys)
+            return
         facts, found = self.facts, self.lines.value(source, keys)
         facts.values[node] = mapped(found, _fact)
         facts.storages[node] = _tagged("eval", _memory(found))
@@ -278,7 +374,10 @@ class _Writer:
         facts.written[node] = _tagged("eval", event.written) if event and not keys else frozenset()
         passed = [found]
         for mode, lines, twins in self.others:
-            twin = twins[source] if isinstance(source, int) else source
+            twin = twins.get(source) if isinstance(source, int) else source
+            if twin is None or source in self.in_eval:
+                passed.append(None)
+                continue
             other = lines.value(twin, keys)
             passed.append(other)
             facts.elsewhere.setdefault(node, []).append(mapped(other, _fact))
@@ -288,6 +387,14 @@ class _Writer:
                 facts.written[node] |= _tagged(mode, written)
         if isinstance(event, Invocation) and keys:
             self._note_stand_in(node, source, passed)
+
+    def _note_theirs(self, node: fx.Node, source: Theirs, keys: tuple[Any, ...]) -> None:
+        mode, lines, _ = self.others[0]
+        found = lines.value(source.number, keys)
+        written = lines.lines[source.number].event.written if not keys else frozenset()
+        self.facts.values[node] = mapped(found, _fact)
+        self.facts.storages[node] = _tagged(mode, _memory(found))
+        self.facts.written[node] = _tagged(mode, written)
 
     def _note_stand_in(self, item: fx.Node, call: int, values: Sequence[Any]) -> None:
         """Note an item of what a module returns that is its argument in every recording."""
@@ -315,6 +422,11 @@ def _flat(value: Any) -> list[Any]:
     found: list[Any] = []
     mapped(value, found.append)
     return found
+
+
+def _named(func: Any) -> Any:
+    """Return a function, or the name of a method of tensors."""
+    return func.__name__ if _is_method(func) else func
 
 
 def _is_method(func: Any) -> bool:

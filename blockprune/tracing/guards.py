@@ -18,7 +18,9 @@ from blockprune.errors import TraceError
 
 __all__ = [
     "GUARDS",
+    "InMode",
     "WithoutGrad",
+    "by_mode",
     "expect_constant",
     "expect_device",
     "expect_distinct",
@@ -159,6 +161,39 @@ class WithoutGrad:
 
     def __hash__(self) -> int:
         return hash(self.func)
+
+
+class InMode:
+    """A function, or the name of a method of tensors, that is called in one mode only.
+
+    Called with the flag that tells the mode in front of its arguments, it returns None in the other
+    mode.
+    """
+
+    __module__ = __name__
+
+    def __init__(self, func: Callable[..., Any] | str, train: bool) -> None:
+        self.func, self.train = func, train
+        self.__name__ = "in_train_mode" if train else "in_eval_mode"
+
+    def __call__(self, training: bool, /, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns, None in the other mode."""
+        if training is not self.train:
+            return None
+        if isinstance(self.func, str):
+            return getattr(args[0], self.func)(*args[1:], **kwargs)
+        return self.func(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InMode) and (other.func, other.train) == (self.func, self.train)
+
+    def __hash__(self) -> int:
+        return hash((self.func, self.train))
+
+
+def by_mode(training: bool, in_eval: Any, in_train: Any) -> Any:
+    """Return one of two values, as the mode is."""
+    return in_train if training else in_eval
 
 
 GUARDS = frozenset(

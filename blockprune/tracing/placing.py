@@ -27,6 +27,11 @@ class Followed(nn.Module):
         self.graph = graph
         self.interpreter = interpreter
 
+    @property
+    def __class__(self) -> Any:
+        # Code around the module may ask what it is.
+        return type(self._modules["module"]) if "module" in self._modules else type(self)
+
     def __getattr__(self, name: str) -> Any:
         # Code around the module may ask it for more than a call.
         try:

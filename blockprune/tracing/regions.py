@@ -202,7 +202,7 @@ class _Walk:
         try:
             if isinstance(module, fx.GraphModule):
                 # Already a graph (a ticket, say): it knows its owners and its modes.
-                graph, _ = copy_graph(module.graph)
+                graph, _ = copy_graph(module._graph)
                 facts = gather_facts(graph, module, self._call_of(path))
                 drop_unused(graph, facts)
             elif self.called.get(path, _OPERATION) != _OPERATION:

@@ -70,12 +70,19 @@ class Runs:
 
     def always(self) -> Iterator[Run]:
         """Yield the recordings that every graph has to agree with, the first one left out."""
-        wider = other_batch(self.call)
-        in_train = self._attempt("train", wider, train=True)
+        in_train = self._attempt("train", other_batch(self.call), train=True)
         if in_train is None:
-            in_train = self._attempt("train alike", self.call, train=True)
-            yield from _present(self._attempt("batch", wider, train=False))
+            in_train = self.alike()
+            yield from _present(self.wider())
         yield from _present(in_train)
+
+    def alike(self) -> Run | None:
+        """Return the recording in train mode, of as many samples as the example has."""
+        return self._attempt("train alike", self.call, train=True)
+
+    def wider(self) -> Run | None:
+        """Return the recording in eval mode, of another number of samples."""
+        return self._attempt("batch", other_batch(self.call), train=False)
 
     def longer(self) -> Run | None:
         """Return the recording in which dimensions of size 1, but for the samples, have size 2."""
@@ -132,14 +139,17 @@ class Runs:
         with torch.autocast(device, torch.bfloat16, enabled=not is_on):
             return self._attempt("autocast", self.call, train=False)
 
-    def in_dtype(self, dtype: torch.dtype) -> Run | None:
+    def in_dtype(self, dtype: torch.dtype, *, train: bool = False) -> Run | None:
         """Return the recording of the model and its inputs in another dtype."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         return self._attempt(
-            str(dtype), self.call.map(cast), train=False, convert=lambda model: model.to(dtype)
+            f"{dtype}{' in train mode' if train else ''}",
+            self.call.map(cast),
+            train=train,
+            convert=lambda model: model.to(dtype),
         )
 
     def of_part(self, path: str, call: Call, called: Collection[str], replayed: Invocation) -> Run:
