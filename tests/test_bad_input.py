@@ -149,10 +149,10 @@ def test_two_budgets(net: nn.Module, analysis: blockprune.BlockAnalysis, p: int 
 
 def test_words_that_are_no_choice(net: nn.Module, analysis: blockprune.BlockAnalysis) -> None:
     with pytest.raises(PlanError) as error:
-        blockprune.prune(net, "l1", example_inputs=RESNET.example(), schedule="oneshot")
+        blockprune.prune(net, "l1", p=1, example_inputs=RESNET.example(), schedule="oneshot")
     _says(error, "'oneshot'", "'one-shot'", "'iterative'")
     with pytest.raises(PlanError) as error:
-        blockprune.make_plan(analysis, by="cost")
+        blockprune.make_plan(analysis, p=1, by="cost")
     _says(error, "'cost'", "'score'", "'score_per_cost'")
 
 

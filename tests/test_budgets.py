@@ -152,11 +152,15 @@ def test_a_model_without_blocks_meets_what_it_meets_already() -> None:
         blockprune.prune(net, "l1", keep_params=0.5, example_inputs=inputs)
 
 
-def test_the_default_is_one_block() -> None:
+def test_how_much_is_to_go_has_to_be_said() -> None:
     net, analysis = _resnet()
-    assert blockprune.make_plan(analysis) == blockprune.make_plan(analysis, p=1)
-    ticket = blockprune.prune(net, "l1", example_inputs=IMAGE)
-    assert len(blockprune.plan_of(ticket).remove) == 1
+    for ask in (
+        lambda: blockprune.make_plan(analysis),
+        lambda: blockprune.make_plan(analysis, p=None),
+        lambda: blockprune.prune(net, "l1", example_inputs=IMAGE),
+    ):
+        with pytest.raises(blockprune.PlanError, match="keep_macs"):
+            ask()
 
 
 def test_a_pruned_ticket_knows_its_budget_after_a_round_trip(tmp_path: Any) -> None:
@@ -173,7 +177,7 @@ def test_by_score_per_cost_of_the_quantity_that_is_budgeted() -> None:
     # Equal MACs everywhere; a block of stage 3 holds sixteen times the parameters of stage 1.
     scores = {n: 1.0 if n.startswith("layer1") else 3.0 for n in analysis.names}
     by: dict[str, Any] = {"by": "score_per_cost"}
-    assert blockprune.make_plan(analysis, scores, **by).remove == ("layer1.0",)
+    assert blockprune.make_plan(analysis, scores, p=1, **by).remove == ("layer1.0",)
     assert blockprune.make_plan(analysis, scores, keep_macs=0.99, **by).remove == ("layer1.0",)
     assert blockprune.make_plan(analysis, scores, keep_params=0.99, **by).remove == ("layer3.1",)
     assert blockprune.make_plan(analysis, scores, keep_params=0.99).remove == ("layer1.0",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockprune.blocks.cuts import Cut, Cuts, cut_together, still_added
 from blockprune.blocks.find import find_blocks
 from blockprune.blocks.flow import Flow
-from blockprune.blocks.naming import carried_names, carry_name
+from blockprune.blocks.naming import carried_names, carry_name, lies_in
 from blockprune.blocks.rule import parameters_read
 from blockprune.blocks.types import BlockAnalysis, Reason, Rejection, ResidualBlock, Stage
 
@@ -22,6 +22,7 @@ __all__ = [
     "carry_name",
     "cut_together",
     "find_blocks",
+    "lies_in",
     "parameters_read",
     "still_added",
 ]

@@ -9,7 +9,7 @@ terms all go is cut as one branch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import fx
 
@@ -39,6 +39,7 @@ class Cuts:
         layers: name of a layer block to the names of its branches.
         bypasses: name of a layer that only goes as an approximation to the ways around it.
         flows: of all regions, also of such as hold no branch.
+        stateful: paths of modules whose forward changes state of Python's.
         refused: name of each merge that was refused to where it is.
     """
 
@@ -49,8 +50,10 @@ class Cuts:
         bypasses: Mapping[str, tuple[Cut, ...]],
         flows: Sequence[Flow],
         refused: Mapping[str, tuple[Flow, fx.Node]],
+        stateful: Collection[str] = (),
     ) -> None:
         self.flows = tuple(flows)
+        self.stateful = frozenset(stateful)
         self.refused = dict(refused)
         self.branches = dict(branches)
         self.layers = dict(layers)

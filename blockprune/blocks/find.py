@@ -88,7 +88,7 @@ def _analyse(traced: TracedModel, granularity: Granularity) -> BlockAnalysis:
     branch_cuts = _name_cuts(branches, refusals)
     refused = _name_refusals(refusals)
     places = {name: (flow, refusal.merge) for name, (flow, refusal) in refused.items()}
-    cuts = Cuts(branch_cuts, *find_layers(branch_cuts), flows, places)
+    cuts = Cuts(branch_cuts, *find_layers(branch_cuts), flows, places, traced.stateful)
     rejections = [*_rejections(refused), *_opaque(traced)]
     blocks = _blocks(cuts, granularity, ParameterReaders(traced, flows))
     stages = _stages(blocks, rejections)

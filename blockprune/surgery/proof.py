@@ -49,6 +49,7 @@ from blockprune.tracing import (
     isolated,
     refused,
     structural_copy,
+    surroundings_kept,
     tensors_in,
 )
 
@@ -307,7 +308,12 @@ class Proof:
         draws = self.draws({module: name for name, module in own.items()})
         seed_rng(SEED)
         try:
-            with torch.set_grad_enabled(situation.differentiate), draws, _precision(situation):
+            with (
+                surroundings_kept(model),
+                torch.set_grad_enabled(situation.differentiate),
+                draws,
+                _precision(situation),
+            ):
                 outputs = model(*call.args, **call.kwargs), taken
                 gradients = gradients_of(outputs, model) if situation.differentiate else None
             left = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx, nn
 
-from blockprune.blocks import Cut, Cuts
+from blockprune.blocks import Cut, Cuts, lies_in
 from blockprune.errors import VerificationError, memory_errors
 from blockprune.surgery.configuration import follow_configuration, has_configuration
 from blockprune.surgery.graph_module import graph_module
@@ -82,7 +82,10 @@ def layers_to_take_out(
     ways = {
         name: parts
         for name, parts in ways.items()
-        if is_in_list(model, name) and (lists is None or name.rpartition(".")[0] in lists)
+        if is_in_list(model, name)
+        and (lists is None or name.rpartition(".")[0] in lists)
+        # Who draws or counts once a layer would do so less often.
+        and not any(lies_in(name, path) for path in cuts.stateful if path != name)
     }
     covered = {cut for parts in ways.values() for cut in parts}
     graphs = {cut.flow for cut in chosen if cut not in covered}

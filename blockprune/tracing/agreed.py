@@ -31,11 +31,12 @@ from blockprune.tracing.agreement import (
 )
 from blockprune.tracing.calls import Binding, Call, bind, constants_of
 from blockprune.tracing.facts import Facts
-from blockprune.tracing.graphs import ByMode, Check, Finfo, Flag, graph_of
+from blockprune.tracing.graphs import ByMode, Check, Finfo, Flag, Setting, graph_of
 from blockprune.tracing.guards import (
     expect_device,
     expect_distinct,
     expect_dtype,
+    expect_length,
     expect_rank,
     expect_state,
 )
@@ -81,6 +82,7 @@ class Agreement:
             self.main = self._lines(self.runs.main, 0)
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
         self._check_ranks()
+        self._check_lengths()
         for (number, where), value in self.bound.items():
             _put(self.main.lines[number], where, value)
         bindings = [
@@ -104,7 +106,10 @@ class Agreement:
             return False
         self._look_at(self.runs.longer())
         conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
-        return all(condition() for condition in conditions)
+        if not all(condition() for condition in conditions):
+            return False
+        self._bind_settings()
+        return True
 
     # --- lines ----------------------------------------------------------------------------------
 
@@ -225,7 +230,8 @@ class Agreement:
             try:
                 twins = self._agree(run, explain, _MODE)
             except TraceError:
-                if self.runs.alike() is None:
+                # Where the module merges nothing itself, its children do as well.
+                if self.path not in self.runs.merging or self.runs.alike() is None:
                     raise
                 # A size decides, and is guarded; or the modes have lines of their own.
                 self.is_narrow = True
@@ -407,9 +413,34 @@ class Agreement:
             self.called[path] = f"its forward goes by the argument {binding.name!r}"
         return None if callable_ones else False
 
+    def _bind_settings(self) -> None:
+        """Bind numbers that are attributes of a module: users may set them in the ticket too."""
+        settings = self.runs.settings
+        run = self.runs.with_settings({key: new for key, (_, new) in settings.items()})
+        if run is None or not run.by_path.get(self.path):
+            return
+        _, variations, _ = compare(self.main, self._lines(run, 0))
+        for found in variations:
+            path = self.main.lines[found.line].path
+            for (owner, name), values in settings.items():
+                if owner == path and (found.ours, found.theirs) == values:
+                    self._bind([(found, Setting(path, name))])
+
     def _reads(self, what: str) -> list[int]:
         lines = enumerate(self.main.lines)
         return [i for i, line in lines if line.kind == "read" and line.event.func == what]
+
+    def _check_lengths(self) -> None:
+        """Guard the lengths of lists among the arguments, where items of them are used."""
+        given = [(line.args, line.kwargs) for line in self.main.lines]
+        used = {ref.source for ref in _refs_of([*given, self.main.result]) if ref.keys}
+        for binding in self._bindings(self.main.top):
+            is_list = isinstance(binding.value, list | tuple | dict)
+            is_variadic = binding.kind in (binding.kind.VAR_POSITIONAL, binding.kind.VAR_KEYWORD)
+            if Bound(binding.name) in used and is_list and not is_variadic:
+                value = Ref(Bound(binding.name))
+                check = Check(expect_length, (binding.name, value, len(binding.value)))
+                self.checks.setdefault(-1, []).append(check)
 
     def _check_ranks(self) -> None:
         """Guard the ranks of the arguments, where a rank or a whole shape is asked for."""

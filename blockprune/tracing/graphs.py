@@ -26,7 +26,7 @@ from blockprune.tracing.guards import (
 from blockprune.tracing.recording import Built, Field, Invocation, Known, Step, knowns
 from blockprune.tracing.sizes import same_size
 
-__all__ = ["ByMode", "Check", "Finfo", "Flag", "drop_unused", "graph_of"]
+__all__ = ["ByMode", "Check", "Finfo", "Flag", "Setting", "drop_unused", "graph_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Flag:
     """The `training` flag of a module, which `.train()` and `.eval()` set."""
 
     path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A plain attribute of a module, which users may change."""
+
+    path: str
+    name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +264,9 @@ class _Writer:
         value = args[0] if step.func is same_size else self._call(step, args, kwargs)
         self.facts.values.setdefault(value, step.result)
         sizes = () if step.func is same_size else args
-        self._guard(expect_size, (step.text, value, step.result, step.line, *sizes))
+        known = tuple(mapped(step.args, _fact)) if sizes else ()
+        known = tuple(item for item in known if type(item) in (int, float))
+        self._guard(expect_size, (step.text, value, step.result, step.line, known, *sizes))
 
     def _call(self, step: Step, args: Any, kwargs: Any) -> fx.Node:
         func, name = step.func, getattr(step.func, "__name__", "")
@@ -289,8 +299,9 @@ class _Writer:
             if isinstance(item, Ref):
                 return self._node(item.source, item.keys)
             if isinstance(item, Flag):
-                path = "" if item.path == self.lines.top.path else self.lines.relative(item.path)
-                return self._read_attribute(f"{path}.training".lstrip("."))
+                return self._read_setting(item.path, "training")
+            if isinstance(item, Setting):
+                return self._read_setting(item.path, item.name)
             if isinstance(item, ByMode):
                 return self._chosen(item)
             if isinstance(item, Finfo):
@@ -354,6 +365,10 @@ class _Writer:
             self.facts.values[node] = self.facts.values[in_eval]
             self.facts.elsewhere[node] = self.facts.elsewhere.get(in_eval, [])
         return node
+
+    def _read_setting(self, path: str, name: str) -> fx.Node:
+        inner = "" if path == self.lines.top.path else self.lines.relative(path)
+        return self._read_attribute(f"{inner}.{name}".lstrip("."))
 
     def _read_attribute(self, name: str) -> fx.Node:
         node = self._made("get_attr", name)

@@ -7,7 +7,7 @@ another way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "expect_device",
     "expect_distinct",
     "expect_dtype",
+    "expect_length",
     "expect_rank",
     "expect_size",
     "expect_state",
@@ -45,22 +46,26 @@ def expect_constant(name: str, value: Any, expected: Any) -> None:
         )
 
 
-def expect_size(text: str, value: Any, expected: Any, line: str, *sizes: Any) -> None:
+def expect_size(
+    text: str, value: Any, expected: Any, line: str, known: Sequence[Any], *sizes: Any
+) -> None:
     """Refuse a call for which a size, or what was asked of `sizes`, is not what it was.
+
+    `known`: the sizes that the graph was made with.
 
     Raises:
         TraceError: it differs.
     """
     if value != expected:
         raise TraceError(
-            f"this ticket was cut where {text} is {expected!r} and only knows that case; got "
-            f"{value!r}{_where(sizes)}. The forward goes by it{f' at {line}' if line else ''}. Cut "
-            "it again with example_inputs like these."
+            f"this ticket was cut where {text} is {expected!r}{_listed(known)} and only knows that "
+            f"case; got {value!r}{_listed(sizes)}. The forward goes by it"
+            f"{f' at {line}' if line else ''}. Cut it again with example_inputs like these."
         )
 
 
-def _where(sizes: tuple[Any, ...]) -> str:
-    numbers = [str(size) for size in sizes if isinstance(size, int | float)]
+def _listed(sizes: Sequence[Any]) -> str:
+    numbers = [str(size) for size in sizes if type(size) in (int, float)]
     return f" (of {', '.join(numbers)})" if numbers else ""
 
 
@@ -74,6 +79,19 @@ def expect_rank(name: str, value: Any, expected: int) -> None:
         raise TraceError(
             f"this ticket was cut with {name} of {expected} dimensions and only knows that case; "
             f"got one of shape {tuple(value.shape)}. Cut it again with example_inputs like these."
+        )
+
+
+def expect_length(name: str, value: Any, expected: int) -> None:
+    """Refuse a list or the like of another length than the graph was made with.
+
+    Raises:
+        TraceError: it is longer or shorter.
+    """
+    if len(value) != expected:
+        raise TraceError(
+            f"this ticket was cut with {expected} items in {name} and only knows that case; got "
+            f"{len(value)}. Cut it again with example_inputs like these."
         )
 
 
@@ -202,6 +220,7 @@ GUARDS = frozenset(
         expect_device,
         expect_distinct,
         expect_dtype,
+        expect_length,
         expect_rank,
         expect_size,
         expect_state,

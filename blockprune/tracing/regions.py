@@ -83,6 +83,7 @@ class TracedModel:
         opaque: module name to reason.
         may_merge: those of the opaque modules in which tensors of one shape were added.
         leaf_modules: as asked for, classes by name.
+        stateful: modules whose forward changes state of Python's, a generator's for one.
     """
 
     root: nn.Module
@@ -91,6 +92,7 @@ class TracedModel:
     opaque: dict[str, str]
     may_merge: frozenset[str] = frozenset()
     leaf_modules: tuple[str, ...] = ()
+    stateful: frozenset[str] = frozenset()
 
 
 def trace_model(
@@ -135,8 +137,17 @@ def trace_model(
         mark_as_writing(model)
     regions = sorted(walk.regions, key=lambda region: region.order)
     names = tuple(entry if isinstance(entry, str) else entry.__name__ for entry in leaf_modules)
+    stopped = walk.runs.main.recording.stopped | dict(
+        item for run in walk.runs.always() for item in run.recording.stopped.items()
+    )
     return TracedModel(
-        walk.root, call, tuple(regions), walk.opaque, walk.opaque_with_merges(), names
+        root=walk.root,
+        call=call,
+        regions=tuple(regions),
+        opaque=walk.opaque,
+        may_merge=walk.opaque_with_merges(),
+        leaf_modules=names,
+        stateful=frozenset(p for p, why in stopped.items() if why.startswith("changes ")),
     )
 
 

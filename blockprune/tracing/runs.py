@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Runs:
         self.grad = True
         self.main = self._first()
         self.merging = self._merging()
+        self.settings = self._settings()
 
     @property
     def expected(self) -> list[Tensor]:
@@ -75,6 +76,15 @@ class Runs:
             in_train = self.alike()
             yield from _present(self.wider())
         yield from _present(in_train)
+
+    def _settings(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Return the numbers that are attributes of modules with merges, and others to try."""
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for path in sorted(self.merging):
+            for name, value in vars(self.root.get_submodule(path)).items():
+                if type(value) is float and value == value:
+                    found[path, name] = value, value * 0.5 + 0.25 / (len(found) + 2)
+        return found
 
     def alike(self) -> Run | None:
         """Return the recording in train mode, of as many samples as the example has."""
@@ -170,6 +180,18 @@ class Runs:
             replayed=replayed,
         )
         return Run("other arguments", "eval", found, _by_path(found))
+
+    def with_settings(self, settings: Mapping[tuple[str, str], float]) -> Run | None:
+        """Return the recording with other values of plain attributes, by path and name."""
+        if not settings:
+            return None
+
+        def change(model: nn.Module) -> nn.Module:
+            for (path, name), value in settings.items():
+                setattr(model.get_submodule(path), name, value)
+            return model
+
+        return self._attempt("settings", self.call, train=False, convert=change)
 
     # --- one run --------------------------------------------------------------------------------
 
