@@ -33,6 +33,7 @@ def proof_of_cut(
     graphs: Mapping[str, fx.Graph],
     *,
     is_shortened: bool,
+    shared: Sequence[str] = (),
 ) -> Proof:
     """Return the proof that tickets equal `model` with the branches of `cuts` zeroed.
 
@@ -43,6 +44,7 @@ def proof_of_cut(
         references: region path to the graph with zeroed branches.
         graphs: region path to the ticket's graph.
         is_shortened: whether tickets may lack layers, and regions inside these.
+        shared: modules that a branch that goes and what stays both call.
     """
     recorded = {r.path: r.graph for r in traced.regions if r.path in graphs}
     zeroed = "the zero-branch reference"
@@ -83,6 +85,7 @@ def proof_of_cut(
         (recording, rewriting),
         shortcut=Link("the ticket", zeroed, zeroing) if exact else None,
         paths=() if is_shortened else tuple(graphs),
+        shared=shared,
     )
 
 

@@ -124,6 +124,8 @@ class Proof:
         fitted: cuts tensors, by the names of the dense model, down to what is left in a ticket.
         draws: what makes both sides draw the same, given the names of modules.
         wide: how much more room than usual numbers have in float64.
+        shared: modules that a branch that goes and what stays both call. Their statistics in train
+            mode are those of the calls that stay, which a warning says, and are not compared.
     """
 
     model: nn.Module
@@ -134,6 +136,7 @@ class Proof:
     fitted: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
     draws: Callable[[Mapping[nn.Module, str]], AlikeDraws] = AlikeDraws
     wide: float = 1.0
+    shared: Sequence[str] = ()
 
     def of(self, ticket: nn.Module, names: Callable[[str], str] = str) -> Verified:
         """Prove `ticket`, and return what was compared.
@@ -237,11 +240,16 @@ class Proof:
             ) from error
         left = Outcome(
             expected.outputs,
-            self.fitted(expected.buffers),
+            self._of_one(self.fitted(expected.buffers)),
             expected.gradients and self.fitted(expected.gradients),
         )
         compare_outcomes(outcome, left, names, 0.0 if situation.autocast else room)
         return outcome
+
+    def _of_one(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the buffers without those of shared modules."""
+        outer = tuple(f"{name}." for name in self.shared)
+        return {key: value for key, value in buffers.items() if not key.startswith(outer)}
 
     def _trusted(self, link: Link, dense: nn.Module) -> Iterator[tuple[Situation, Outcome]]:
         """Yield each situation that the reference of a link runs in, and what it gives there."""

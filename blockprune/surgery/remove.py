@@ -163,8 +163,15 @@ def cut_blocks(
             # The ticket itself, unless layers are yet to be taken out of it.
             start = structural_copy if has_lists else copy_model
             form = Settled(assemble(start(model), graphs, graph_module), graphs, {})
+        shared = _shared(analysis, by_region)
         proof = proof_of_cut(
-            model, analysis.traced, cuts, references, graphs, is_shortened=has_lists
+            model,
+            analysis.traced,
+            cuts,
+            references,
+            graphs,
+            is_shortened=has_lists,
+            shared=shared,
         )
         if has_lists:
             form = settle(
@@ -187,9 +194,7 @@ def cut_blocks(
         warn_of_lost_checkpoints(
             model, form.ticket, analysis.traced.call, form.renamed, stacklevel=4
         )
-        warn_of_lost_statistics(
-            model, _shared(analysis, by_region), analysis.traced.call, stacklevel=4
-        )
+        warn_of_lost_statistics(model, shared, analysis.traced.call, stacklevel=4)
         record = TicketRecord(
             plan=plan,
             call=analysis.traced.call.described(),

@@ -9,6 +9,7 @@ refuses what was not tried.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ from blockprune.tracing.guards import (
     expect_device,
     expect_distinct,
     expect_dtype,
+    expect_given,
     expect_length,
     expect_rank,
     expect_state,
@@ -82,7 +84,7 @@ class Agreement:
             self.main = self._lines(self.runs.main, 0)
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
         self._check_ranks()
-        self._check_lengths()
+        self._check_given()
         for (number, where), value in self.bound.items():
             _put(self.main.lines[number], where, value)
         bindings = [
@@ -430,11 +432,16 @@ class Agreement:
         lines = enumerate(self.main.lines)
         return [i for i, line in lines if line.kind == "read" and line.event.func == what]
 
-    def _check_lengths(self) -> None:
-        """Guard the lengths of lists among the arguments, where items of them are used."""
+    def _check_given(self) -> None:
+        """Guard that tensors are given that may be left out, and lengths of lists that are used."""
         given = [(line.args, line.kwargs) for line in self.main.lines]
         used = {ref.source for ref in _refs_of([*given, self.main.result]) if ref.keys}
         for binding in self._bindings(self.main.top):
+            if isinstance(binding.value, Known) and isinstance(binding.value.fact, TensorFact):
+                if binding.default is not inspect.Parameter.empty:
+                    check = Check(expect_given, (binding.name, Ref(Bound(binding.name))))
+                    self.checks.setdefault(-1, []).append(check)
+                continue
             is_list = isinstance(binding.value, list | tuple | dict)
             is_variadic = binding.kind in (binding.kind.VAR_POSITIONAL, binding.kind.VAR_KEYWORD)
             if Bound(binding.name) in used and is_list and not is_variadic:

@@ -25,6 +25,7 @@ __all__ = [
     "expect_device",
     "expect_distinct",
     "expect_dtype",
+    "expect_given",
     "expect_length",
     "expect_rank",
     "expect_size",
@@ -79,6 +80,19 @@ def expect_rank(name: str, value: Any, expected: int) -> None:
         raise TraceError(
             f"this ticket was cut with {name} of {expected} dimensions and only knows that case; "
             f"got one of shape {tuple(value.shape)}. Cut it again with example_inputs like these."
+        )
+
+
+def expect_given(name: str, value: Any) -> None:
+    """Refuse a call without a tensor that the graph was made with.
+
+    Raises:
+        TraceError: there is none.
+    """
+    if not isinstance(value, Tensor):
+        raise TraceError(
+            f"this ticket was cut with a tensor as {name} and only knows that case; got {value!r}. "
+            f"Cut it again with example_inputs that pass {name} as you call it here."
         )
 
 
@@ -220,6 +234,7 @@ GUARDS = frozenset(
         expect_device,
         expect_distinct,
         expect_dtype,
+        expect_given,
         expect_length,
         expect_rank,
         expect_size,

@@ -156,6 +156,7 @@ class Invocation(_Event):
         call: the arguments as they were, tensors as `TensorFact`s.
         events: what was recorded within, in order.
         given: while it runs, the tensors among its arguments, and their versions.
+        grad: whether gradients are on where it is called.
     """
 
     path: str = ""
@@ -165,6 +166,7 @@ class Invocation(_Event):
     call: Call | None = None
     events: list[Step | Invocation] = dataclasses.field(default_factory=list)
     given: list[tuple[Tensor, int]] = dataclasses.field(default_factory=list)
+    grad: bool = True
 
     def invocations(self) -> Iterator[Invocation]:
         """Yield it, and all within."""
@@ -378,7 +380,7 @@ class _Recorder(TorchFunctionMode):
         top = self.top
         top.call = call.described()
         top.args, top.kwargs = self._encode(args), self._encode(kwargs)
-        self.autocast, self.grad = _autocast_state(), _grad_enabled()
+        self.autocast, top.grad = _autocast_state(), _grad_enabled()
         self.saving = _saving_hooks()
         for path, module in self.model.named_modules():
             if path:
@@ -469,6 +471,8 @@ class _Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 if _saving_hooks() != self.saving:
                     self.stop("uses activation checkpointing")
+                if _grad_enabled() != self.open[-1].grad:
+                    self.stop("changes the grad mode around a module")
                 self._check_state()
                 self._open(
                     Invocation(self.open[-1], path=path, kind=type(module), is_leaf=leaf),
@@ -498,6 +502,7 @@ class _Recorder(TorchFunctionMode):
         self.handles.append(after(module, leave, always_call=True))
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.grad = _grad_enabled()
         count = self.calls[call.path]
         self.calls[call.path] += 1
         call.key = f"{call.path}@{count}" if count else call.path
@@ -626,7 +631,7 @@ class _Recorder(TorchFunctionMode):
         given = list(tensors_in((args, kwargs)))
         versions = [t._version for t in given]
         value = func(*plain(args), **plain(kwargs))
-        if _grad_enabled() != self.grad:
+        if _grad_enabled() != self.open[-1].grad:
             step.no_grad = True
             if not self.no_grad or self.no_grad[-1] != _grad_enabled():
                 self.stop("runs a torch.autograd.Function, or changes the grad mode unseen")

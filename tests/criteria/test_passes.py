@@ -133,17 +133,15 @@ class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 1
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x, inputs, outputs = x * 1, [], []
         for layer in self.layers:
-            self.inputs.append(x.detach().clone())
+            inputs.append(x.detach().clone())
             x += layer(x)
             x = torch.relu_(x)
-            self.outputs.append(x.detach().clone())
-        return x
+            outputs.append(x.detach().clone())
+        return x, inputs, outputs
 
 
 def test_what_entered_a_block_is_shown_though_it_was_overwritten() -> None:
@@ -151,9 +149,8 @@ def test_what_entered_a_block_is_shown_though_it_was_overwritten() -> None:
     model, inputs = InPlace().eval(), torch.randn(3, 4)
     analysis = find_blocks(model, inputs)
     assert len(analysis.blocks) == 2
-    model.inputs, model.outputs = [], []
     with torch.no_grad():
-        model(inputs)
+        _, before, after = model(inputs)
     entered, left = [], []
 
     def see(block: ResidualBlock, entering: Tensor, leaving: Tensor) -> None:
@@ -162,7 +159,7 @@ def test_what_entered_a_block_is_shown_though_it_was_overwritten() -> None:
 
     with isolated():
         passes_of(model, analysis).observe(as_call(model, inputs), see)
-    for found, expected in ((entered, model.inputs), (left, model.outputs)):
+    for found, expected in ((entered, before), (left, after)):
         assert len(found) == 2
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
