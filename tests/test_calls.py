@@ -255,7 +255,10 @@ def test_a_condition_on_a_dtype_is_decided_and_guarded() -> None:
     ticket = blockprune.remove_blocks(layer, "mlp", inputs)
     agree(ticket, without(layer, "mlp"), tokens())
     assert ticket.bfloat16()(tokens().bfloat16())[0].dtype == torch.bfloat16
-    with pytest.raises(blockprune.TraceError, match=r"dtype == torch\.float16' is False"):
+    with pytest.raises(
+        blockprune.TraceError,
+        match=r"cut where a tensor is .*torch\.bfloat16.* only knows that case; got torch\.float16",
+    ):
         ticket.half()(tokens().half())
 
 
@@ -309,7 +312,7 @@ def test_an_attribute_set_on_an_output_stops_the_trace_and_is_not_lost() -> None
     torch.manual_seed(0)
     model = Changes()
     analysis = blockprune.find_blocks(model, tokens())
-    assert "sets the attribute 'value'" in analysis.traced.opaque[""]
+    assert "neither an input, a parameter nor a buffer" in analysis.traced.opaque[""]
     ticket = blockprune.remove_blocks(model, "layer.mlp", tokens())
     agree(ticket, without(model, "layer.mlp"), tokens())
 
@@ -363,7 +366,7 @@ def test_a_region_that_the_code_around_it_watches_is_given_up(kind: type[Watched
     torch.manual_seed(0)
     model = kind()
     analysis = blockprune.find_blocks(model, tokens(), preserve_root=True)
-    assert "looked into" in analysis.traced.opaque["stack"]
+    assert "changes the output of the model around it" in analysis.traced.opaque["stack"]
     assert [region.path for region in analysis.traced.regions] != ["stack"]
 
 
@@ -439,22 +442,22 @@ class Decorated(nn.Module):
         return self.inner(x) * scale
 
 
-class NeedsLargeValues(nn.Module):
-    """Runs on the example, and not on numbers in [0, 1)."""
+class GoesByNumbers(nn.Module):
+    """Reads a number from its input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = Plain()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + torch.nonzero(x.flatten() > 1)[0]
+        return self.inner(x) * (2 if float(x.detach().max()) > 1 else 1)
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         (Decorated, "missing a required argument: 'scale'"),
-        (NeedsLargeValues, "IndexError: index 0 is out of bounds"),
+        (GoesByNumbers, "reads numbers from a tensor (float)"),
     ],
 )
 def test_a_child_that_is_no_region_is_reported_and_looked_into(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blockprune.cli import main
 from blockprune.cli.output import print_line, working, wrap_name
@@ -176,9 +178,9 @@ class ByRow(nn.Sequential):
     def forward(self, x):
         return super().forward(torch.stack([row for row in x]))
 
-class Noisy(nn.Module):
+class Noisy(Add):
     def forward(self, x):
-        return x * random.random()
+        return x + self.branch(x) * random.random()
 
 class Idle(nn.Module):
     def __init__(self):
@@ -231,7 +233,7 @@ def test_why_groups_leaves_of_one_class_and_reason(cli: Cli, stops: str) -> None
     said = _why(cli, f"{stops}leaves")
     assert "Traced whole, but for 5 modules" in said
     assert "5 x Positive: 1, 2, 3 and 2 more" in said
-    assert "reason symbolically traced variables cannot be used" in said
+    assert "reason reads numbers from a tensor (bool) (at" in said
     assert "it_stops.py:15: return x + self.branch(x) if x.sum() > -1e9 else x" in said
     assert "effect A block may hide here: its own code adds tensors of one shape." in said
     assert "advice Write the condition on an attribute of the module" in said
@@ -262,7 +264,7 @@ def test_why_as_json_has_one_entry_for_each_leaf(cli: Cli, stops: str) -> None:
     assert (root["name"], root["class"], root["may_merge"]) == ("", "ByRow", False)
     assert (inner["name"], inner["class"], inner["may_merge"]) == ("1.1", "Positive", True)
     assert "condition" in inner["advice"]
-    assert "control flow" in inner["reason"]
+    assert inner["reason"].startswith("reads numbers from a tensor (bool)")
 
 
 def test_a_hint_leads_to_why(cli: Cli, stops: str) -> None:
@@ -272,10 +274,14 @@ def test_a_hint_leads_to_why(cli: Cli, stops: str) -> None:
 
 def test_leaf_modules_keep_a_part_from_stopping_the_rest(cli: Cli, stops: str) -> None:
     spec = f"{stops}noisy"
-    assert "Or name the module inside that draws in leaf_modules" in _why(cli, spec)
+    said = _why(cli, spec)
+    assert "Traced whole, but for 1 module" in said
+    assert "Noisy: 1 reason changes Python's random generator in its forward (at" in said
+    assert "advice Draw with torch" in said
     said = _why(cli, spec, "--leaf-modules", "Noisy")
     assert "Traced whole, but for 1 module" in said
     assert "reason asked for by leaf_modules (Noisy)" in said
+    assert "random generator" not in said
 
 
 @pytest.mark.parametrize("command", [("analyze",), ("prune", "-p", 1), ("bench", "-p", 1)])
@@ -323,38 +329,61 @@ class Stopped(nn.Module):
         return self.function(self.linear, x)
 
 
-def _without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return x + layer(x)
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
 
 
-def _in_place(layer: nn.Module, x: Tensor) -> Tensor:
-    y = layer(x).clone()
-    y[0] = 0
+def _draws_with_numpy(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) * float(np.random.rand())
+
+
+def _counts(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.calls = getattr(layer, "calls", 0) + 1
+    return layer(x)
+
+
+def _sets_a_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    y.grad = None
     return y
 
 
+def _goes_by_a_count(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) if x[x[:, 0] > -1].shape[0] > 0 else x
+
+
 @pytest.mark.parametrize(
-    ("forward", "words"),
+    ("forward", "kind", "words"),
     [
-        (lambda layer, x: layer(x) if x.shape[0] > 1 else x, "attribute of the module"),
-        (lambda layer, x: torch.stack([layer(row) for row in x]), "range(self.n)"),
-        (lambda layer, x: layer(x).reshape(*x.shape), "`a, b, c = x.shape`"),
-        (lambda layer, x: layer(x) * len(x), "range(self.n)"),
-        (lambda layer, x: sum(layer(x) for _ in range(x.shape[0])), "Take the number"),
-        (lambda layer, x: layer(x) * float(x.sum()), "Take the number"),
-        (lambda layer, x: layer(x) + (1 if layer.training else 2), "self.training"),
-        (_without_gradient, "around the call of the model"),
-        (lambda layer, x: layer(x) * torch.from_numpy(np.ones(4, "f")), "register_buffer"),
-        (_in_place, "torch.where"),
-        (lambda layer, x: layer(x) * random.random(), "leaf_modules"),
-        (lambda layer, x: layer(x) * int(f"{x.shape[0]}"), "Take the number"),
+        (lambda layer, x: layer(x) if x.sum() > -1e9 else x, "numbers (bool)", "the condition on"),
+        (lambda layer, x: layer(x) * x.sum().item(), "numbers (item)", "the condition on"),
+        (_goes_by_a_count, "how many numbers", "the condition on"),
+        (lambda layer, x: torch.stack([layer(row) for row in x]), "batch size", "of samples"),
+        (lambda layer, x: layer(x) + (1 if layer.training else 2), "train mode", "self.training"),
+        (lambda layer, x: Doubled.apply(layer(x)), "autograd.Function", "around the call"),
+        (lambda layer, x: layer(x) * torch.from_numpy(np.ones(4, "f")), "input", "register_buffer"),
+        (_sets_a_gradient, "sets the attribute 'grad'", "detach()"),
+        (lambda layer, x: layer(x).requires_grad_(), "calls requires_grad_", "detach()"),
+        (lambda layer, x: layer(x) * random.random(), "Python's random", "torch.rand"),
+        (_draws_with_numpy, "numpy's random", "torch.rand"),
+        (_counts, "attributes", "state in buffers"),
+        (lambda layer, x: defaultdict(list, a=layer(x)), "builds a defaultdict", "use_cache"),
+        (lambda layer, x: layer(x) if "Float" in x.type() else x, "type of a tensor", "dtype"),
+        (lambda layer, x: checkpoint(layer, x, use_reentrant=False), "checkpointing", "is lost"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_reason_has_its_advice(forward: Callable[..., Tensor], words: str) -> None:
+def test_each_reason_has_its_advice(forward: Callable[..., Any], kind: str, words: str) -> None:
     [reason] = trace_model(Stopped(forward), torch.rand(2, 4)).opaque.values()
+    assert kind in reason.partition(" (at ")[0].replace("from a tensor ", "")
     assert words in advice(reason)
+    assert advice(reason) != advice("something new")
 
 
 def test_a_reason_is_not_told_from_the_code_that_it_quotes() -> None:
@@ -520,7 +549,7 @@ def test_a_language_model(cli: Cli, tmp_path: Path) -> None:
             "model.layers.1.mlp",
         ]
     said = _why(cli, "tiny_llama:with_inputs")
-    assert "2 x LlamaAttention: model.layers.0.self_attn, model.layers.1.self_attn" in said
+    assert "Inside, 2 modules could be traced: 4 blocks found." in said
     options = ("-p", 1, "-c", "l1", "--granularity", "layer", "--preserve-root")
     pruned = _json(cli, "prune", "tiny_llama:with_inputs", *options)
     assert pruned["ticket"]["params"] < pruned["dense"]["params"]

@@ -36,12 +36,13 @@ _ADVICE = (
         "Give that argument a default, or take it out from behind the * in the signature.",
     ),
     (
-        r"in train mode than in eval mode",
+        r"in train mode than in eval mode|not called as often in every run",
         "Move what follows self.training, or the number of samples, into a module of its own, or "
         "build the model without that part (an auxiliary head, for instance).",
     ),
     (
-        r"autograd\.Function|autocast mode|goes by the autocast|grad mode",
+        r"autograd\.Function|autocast mode|grad mode|grad or autocast state|"
+        r"under (autocast|no grad)",
         "Use no_grad or autocast around the call of the model, not in the forward (requires_grad "
         "freezes weights as well). Where it has to stay, or is in a torch.autograd.Function, "
         f"{_OWN_MODULE}.",
@@ -52,14 +53,13 @@ _ADVICE = (
         "forward with a function of torch, such as torch.zeros.",
     ),
     (
-        r"sets the attribute|calls \w+ on a tensor",
+        r"(sets|reads) the attribute|calls \w+ on a tensor",
         "Make a new value in place of changing this one: torch.where or torch.cat for items, "
         f"detach() for gradients. Otherwise {_OWN_MODULE}.",
     ),
     (
         r"random generator|^changes ",
-        "Draw with torch, such as torch.rand, and keep state in buffers. Or name the module inside "
-        "that does it in leaf_modules: what is around it is then looked into.",
+        f"Draw with torch, such as torch.rand, and keep state in buffers. Otherwise {_OWN_MODULE}.",
     ),
     (
         r"which a graph cannot hold",
@@ -67,15 +67,28 @@ _ADVICE = (
         "place. A model that makes a cache does not with use_cache=False.",
     ),
     (
-        r"reads numbers from a tensor",
+        r"reads numbers from a tensor|goes by how many numbers",
         "Write the condition on an attribute of the module, or on an argument that is no tensor, "
         "in place of the numbers in a tensor. Or pass example_inputs (--input-shape) that take a "
         f"way without it. Otherwise {_OWN_MODULE}.",
     ),
     (
-        r"size|goes by the device|in another dtype",
+        r"(goes by|reads) a size",
         "Take the number from an attribute of the module, in place of a tensor. "
         f"Otherwise {_OWN_MODULE}.",
+    ),
+    (
+        r"goes by the device|type of a tensor as text|something else under",
+        "Hand a dtype or device on (to torch.zeros, for instance) and write no condition on it, or "
+        f"none but on an attribute of the module. Otherwise {_OWN_MODULE}.",
+    ),
+    (
+        r"goes by the argument",
+        "Keep that flag in an attribute of the module, in place of handing it on as an argument.",
+    ),
+    (
+        r"weights are parametrized",
+        "Call torch.nn.utils.parametrize.remove_parametrizations on it first.",
     ),
     (
         r"activation checkpointing",

@@ -473,6 +473,8 @@ class _Recorder(TorchFunctionMode):
                     self.stop("uses activation checkpointing")
                 if _grad_enabled() != self.open[-1].grad:
                     self.stop("changes the grad mode around a module")
+                if _autocast_state() != self.autocast:
+                    self.stop("changes the autocast mode inside its forward")
                 self._check_state()
                 self._open(
                     Invocation(self.open[-1], path=path, kind=type(module), is_leaf=leaf),
