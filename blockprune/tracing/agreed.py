@@ -426,7 +426,7 @@ class Agreement:
             path = self.main.lines[found.line].path
             for (owner, name), values in settings.items():
                 if owner == path and (found.ours, found.theirs) == values:
-                    self._bind([(found, Setting(path, name))])
+                    self._bind([(found, Setting(path, name, values[0]))])
 
     def _reads(self, what: str) -> list[int]:
         lines = enumerate(self.main.lines)

@@ -42,6 +42,7 @@ class Setting:
 
     path: str
     name: str
+    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,8 @@ class _Writer:
         for number, line in enumerate(self.lines.lines):
             self._write_fork(number)
             self.line = line
+            if _is_settled_assertion(line):
+                continue
             if number in self.in_eval:
                 self._write_in_mode(number, line, self.in_eval[number].path, train=False)
             elif line.kind not in ("enter", "exit", "state"):
@@ -299,9 +302,9 @@ class _Writer:
             if isinstance(item, Ref):
                 return self._node(item.source, item.keys)
             if isinstance(item, Flag):
-                return self._read_setting(item.path, "training")
+                return self._read_setting(item.path, "training", False)
             if isinstance(item, Setting):
-                return self._read_setting(item.path, item.name)
+                return self._read_setting(item.path, item.name, item.value)
             if isinstance(item, ByMode):
                 return self._chosen(item)
             if isinstance(item, Finfo):
@@ -366,9 +369,11 @@ class _Writer:
             self.facts.elsewhere[node] = self.facts.elsewhere.get(in_eval, [])
         return node
 
-    def _read_setting(self, path: str, name: str) -> fx.Node:
+    def _read_setting(self, path: str, name: str, value: Any) -> fx.Node:
         inner = "" if path == self.lines.top.path else self.lines.relative(path)
-        return self._read_attribute(f"{inner}.{name}".lstrip("."))
+        node = self._read_attribute(f"{inner}.{name}".lstrip("."))
+        self.facts.values[node] = value
+        return node
 
     def _read_attribute(self, name: str) -> fx.Node:
         node = self._made("get_attr", name)
@@ -437,6 +442,12 @@ def _flat(value: Any) -> list[Any]:
     found: list[Any] = []
     mapped(value, found.append)
     return found
+
+
+def _is_settled_assertion(line: Line) -> bool:
+    """Whether a line asserts what guards of sizes have seen to."""
+    func = line.event.func if isinstance(line.event, Step) else None
+    return func is torch._assert and line.args[:1] == (True,)
 
 
 def _named(func: Any) -> Any:

@@ -57,7 +57,8 @@ def expect_size(
     Raises:
         TraceError: it differs.
     """
-    if value != expected:
+    # While torch.jit traces, sizes are tensors.
+    if not torch.jit.is_tracing() and value != expected:
         raise TraceError(
             f"this ticket was cut where {text} is {expected!r}{_listed(known)} and only knows that "
             f"case; got {value!r}{_listed(sizes)}. The forward goes by it"

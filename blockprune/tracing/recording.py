@@ -670,6 +670,8 @@ class _Recorder(TorchFunctionMode):
             and len(operands) == 2
             and operands[0].shape == operands[1].shape
             and all(self._lookup(operand).active for operand in operands)
+            # A sum of two products, as in rotary embeddings, has no identity shortcut.
+            and not all(_is_product(self._lookup(operand)) for operand in operands)
         )
         return value
 
@@ -856,6 +858,11 @@ def _is_counted(event: Step | Invocation) -> bool:
         ):
             return True
     return any(known.counted for known in knowns((event.args, event.kwargs)))
+
+
+def _is_product(known: Known) -> bool:
+    origin = known.origins[-1][0] if known.origins else None
+    return isinstance(origin, Step) and getattr(origin.func, "__name__", "") in ("mul", "div")
 
 
 def _replayed(value: Any, before: Any) -> Any:

@@ -263,7 +263,7 @@ class _Walk:
         by_path = self.runs.main.by_path
         if path in self.asked:
             self.opaque[path] = self.asked[path]
-        elif self.called.get(path) == _OPERATION:
+        elif path in by_path and not self._may_have_graphs(path):
             return
         elif path in by_path:
             self.attempt(path, (*order, list(by_path).index(path)))
@@ -272,6 +272,13 @@ class _Walk:
             self.descend(path, order)
         else:
             self.opaque[path] = NOT_EXECUTED
+
+    def _may_have_graphs(self, path: str) -> bool:
+        """Whether tensors are added in a module or inside, or it was made from a graph."""
+        inner = (part for part in self.root.get_submodule(path).modules())
+        return any(isinstance(part, fx.GraphModule) for part in inner) or any(
+            name == path or name.startswith(f"{path}.") for name in self.runs.merging
+        )
 
     def give_up_strays(self) -> None:
         """Undo regions whose graph, in the place of the module, changes what the model computes.
