@@ -70,12 +70,12 @@ def _as_recorded() -> Iterator[None]:
 def cut(model: nn.Module, inputs: Any, differs: bool, name: str = "2", **how: Any) -> nn.Module:
     """Return the ticket of a model that does, or does not, what was recorded of it."""
     torch.manual_seed(0)
-    analysis = blockprune.find_blocks(model, inputs)
+    analysis = blockprune.find_blocks(model, inputs, **how)
     plan = blockprune.make_plan(
         analysis, {block: float(block != name) for block in analysis.names}, p=1
     )
     Block.differs = differs
-    return cut_blocks(model, analysis, plan, **how)
+    return cut_blocks(model, analysis, plan)
 
 
 def in_a_row(kind: type[Block]) -> nn.Module:
