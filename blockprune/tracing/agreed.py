@@ -140,9 +140,9 @@ class Agreement:
     def _prefer_calls(self) -> None:
         """Call modules in which a size leaves the record, where no merge is lost by it."""
         for line in self.main.lines:
-            asks = line.kind == "guard" and line.event.func is not torch.Tensor.dim
+            asks = line.kind == "guard" and line.func is not torch.Tensor.dim
             if asks and self._can_be_called(line.path):
-                self.called[line.path] = f"its forward goes by a size (at {line.event.line})"
+                self.called[line.path] = f"its forward goes by a size (at {line.code})"
 
     def _can_be_called(self, path: str) -> bool:
         return path != self.path and path not in self.runs.merging and path not in self.called
@@ -199,7 +199,7 @@ class Agreement:
             line = self.main.lines[variation.line]
             value = explain(self.main, lines, twins, variation)
             if value is None:
-                culprits.setdefault(line.path, _place(line))
+                culprits.setdefault(line.path, line.code)
             else:
                 bound.append((variation, value))
         return culprits, twins, lines, bound
@@ -263,7 +263,7 @@ class Agreement:
             TraceError: they are more than handed on.
         """
         own = [lines.lines[i] for fork in self.forks for i in range(*fork.theirs)]
-        reads = [line for line in own if line.kind == "read" and line.event.func == "dtype"]
+        reads = [line for line in own if line.kind == "read" and line.func == "dtype"]
         if not reads:
             return
         other = torch.float64 if reads[0].event.result is torch.bfloat16 else torch.bfloat16
@@ -321,14 +321,14 @@ class Agreement:
             ("inference", False, lambda: None),
         )
         for what, value, other in conditions:
-            reads = [(i, line) for i, line in asked if line.event.func == what]
+            reads = [(i, line) for i, line in asked if line.func == what]
             if not reads and not (what == "grad" and self._reads_grad()):
                 continue
             agrees = self._tolerates(other())
             if agrees is None:
                 return False
             if not agrees:
-                number, code = (reads[0][0], _place(reads[0][1])) if reads else (-1, "")
+                number, code = (reads[0][0], reads[0][1].code) if reads else (-1, "")
                 check = Check(expect_state, (what, value, code))
                 self.checks.setdefault(number, []).append(check)
         return True
@@ -361,7 +361,7 @@ class Agreement:
             is_asked = differs or number not in handed_on
             if missing and is_asked and line.event.result in DTYPES:
                 allowed = tuple(dtype for dtype in DTYPES if dtype in good)
-                check = Check(expect_dtype, (line.args[0], allowed, _place(line)))
+                check = Check(expect_dtype, (line.args[0], allowed, line.code))
                 self.checks.setdefault(number, []).append(check)
         return True
 
@@ -373,13 +373,13 @@ class Agreement:
         preferred = [i for i in found if self._can_be_called(self.main.lines[i].path)]
         for number in preferred:
             line = self.main.lines[number]
-            self.called.setdefault(line.path, f"its forward goes by the device (at {_place(line)})")
+            self.called.setdefault(line.path, f"its forward goes by the device (at {line.code})")
         if preferred:
             return False
         for number in found:
             line = self.main.lines[number]
             kind = line.event.args[0].fact.device.type
-            check = Check(expect_device, (line.args[0], kind, _place(line)))
+            check = Check(expect_device, (line.args[0], kind, line.code))
             self.checks.setdefault(number, []).append(check)
         return True
 
@@ -430,7 +430,7 @@ class Agreement:
 
     def _reads(self, what: str) -> list[int]:
         lines = enumerate(self.main.lines)
-        return [i for i, line in lines if line.kind == "read" and line.event.func == what]
+        return [i for i, line in lines if line.kind == "read" and line.func == what]
 
     def _check_given(self) -> None:
         """Guard that tensors are given that may be left out, and lengths of lists that are used."""
@@ -473,10 +473,6 @@ def _asks_for_rank(line: Line) -> bool:
         return False
     whole = event.func is torch.Tensor.size and len(event.args) == 1 and not event.kwargs
     return whole or event.func is torch.Tensor.dim
-
-
-def _place(line: Line) -> str:
-    return line.event.line if isinstance(line.event, Step) else ""
 
 
 def _refs_of(values: Iterable[Any]) -> list[Ref]:
@@ -551,7 +547,7 @@ def _dtype(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variatio
     """A dtype that was read before, or a number that follows from one."""
     for number in range(found.line, -1, -1):
         line = ours.lines[number]
-        if line.kind != "read" or line.event.func != "dtype" or number not in twins:
+        if line.kind != "read" or line.func != "dtype" or number not in twins:
             continue
         pair = line.event.result, theirs.lines[twins[number]].event.result
         if (found.ours, found.theirs) == pair:

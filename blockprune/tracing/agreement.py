@@ -39,11 +39,12 @@ class Ref:
     """Where a line finds a value: the line that made it, an argument, or an attribute.
 
     Attributes:
-        source: number of a line, `Bound` for an argument, name of an attribute.
+        source: number of a line, `Theirs` for one of another recording, `Bound` for an argument,
+            name of an attribute.
         keys: the way to an item of it.
     """
 
-    source: int | str | Bound
+    source: int | str | Bound | Theirs
     keys: tuple[Any, ...] = ()
 
 
@@ -70,6 +71,16 @@ class Line:
     stack: tuple[tuple[str, str, type[nn.Module]], ...]
     args: Any = ()
     kwargs: Any = dataclasses.field(default_factory=dict)
+
+    @property
+    def func(self) -> Any:
+        """The function of a step, or the name of what is read; None for a module."""
+        return self.event.func if isinstance(self.event, Step) else None
+
+    @property
+    def code(self) -> str:
+        """The user's line of code, where something left the record."""
+        return self.event.line if isinstance(self.event, Step) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,11 +269,11 @@ def compare(
             forks.append(fork)
             a, b = fork.ours[1], fork.theirs[1]
             continue
-        culprits.setdefault(culprit, _code(one) or _code(other))
+        culprits.setdefault(culprit, one.code or other.code)
         start, end = ours.span(a, culprit)
         _, their_end = theirs.span(b, culprit)
         if culprit == top or end is None or their_end is None:
-            culprits.setdefault(top, _code(one) or _code(other))
+            culprits.setdefault(top, one.code or other.code)
             return culprits, variations, twins
         # What follows is compared as if the two had agreed in there.
         doubtful.update(range(start, end + 1))
@@ -296,12 +307,8 @@ def _fork(ours: Lines, theirs: Lines, a: int, b: int) -> Fork | None:
 
 
 def _may_be_of_one_mode(line: Line) -> bool:
-    is_rank = line.kind == "guard" and line.event.func is Tensor.dim  # type: ignore[union-attr]
+    is_rank = line.kind == "guard" and line.func is Tensor.dim
     return is_rank or line.kind in ("call", "module", "read")
-
-
-def _code(line: Line) -> str:
-    return line.event.line if isinstance(line.event, Step) else ""
 
 
 def _label(line: Line) -> Any:

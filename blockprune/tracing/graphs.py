@@ -28,6 +28,11 @@ from blockprune.tracing.sizes import same_size
 
 __all__ = ["ByMode", "Check", "Finfo", "Flag", "Setting", "drop_unused", "graph_of"]
 
+_STARS: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
@@ -156,9 +161,7 @@ class _Writer:
     # --- arguments ------------------------------------------------------------------------------
 
     def _placeholder(self, binding: Binding, with_default: bool) -> None:
-        prefix = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(
-            binding.kind, ""
-        )
+        prefix = _STARS.get(binding.kind, "")
         default: tuple[Any, ...] = ()
         if not prefix:
             if binding.default is not inspect.Parameter.empty:
@@ -238,7 +241,7 @@ class _Writer:
         args, kwargs = self._argument(line.args), self._argument(line.kwargs)
         if line.kind == "read":
             target: Any = getattr
-            args = (*args, event.func)
+            args = (*args, line.func)
         elif isinstance(event, Invocation):
             target = operator.call
             args = (self._read_attribute(self.lines.relative(event.path)), *args)

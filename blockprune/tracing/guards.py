@@ -58,7 +58,7 @@ def expect_size(
         TraceError: it differs.
     """
     # While torch.jit traces, sizes are tensors.
-    if not torch.jit.is_tracing() and value != expected:
+    if not torch._C._is_tracing() and value != expected:
         raise TraceError(
             f"this ticket was cut where {text} is {expected!r}{_listed(known)} and only knows that "
             f"case; got {value!r}{_listed(sizes)}. The forward goes by it"
@@ -247,4 +247,4 @@ GUARDS = frozenset(
 """Functions that return nothing and keep nothing alive."""
 
 for _guard in GUARDS:
-    has_side_effect(_guard)
+    has_side_effect(_guard)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def _is_around(node: ast.AST, line: int | None, column: int | None) -> bool:
     if not isinstance(node, ast.expr | ast.stmt) or line is None or column is None:
         return False
     start, end = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
-    return start <= (line, column) < end  # type: ignore[operator]
+    return start <= (line, column) < end
 
 
 def module_of(error: BaseException) -> str:

@@ -27,7 +27,7 @@ class Followed(nn.Module):
         self.graph = graph
         self.interpreter = interpreter
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # Code around the module may ask what it is.
         return type(self._modules["module"]) if "module" in self._modules else type(self)

@@ -883,10 +883,11 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 def _alias(tensor: Tensor) -> Tensor:
     """Return another tensor of the same memory, gradient included."""
     try:
-        return torch.ops.aten.alias.default(tensor)
+        alias: Tensor = torch.ops.aten.alias.default(tensor)
     except (NotImplementedError, RuntimeError):
         # Sparse and similar layouts have no views.
         return tensor
+    return alias
 
 
 def _autocast_state() -> tuple[bool, ...]:

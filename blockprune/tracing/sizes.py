@@ -153,18 +153,18 @@ class _Size:
         return bool(self._leave(_is_whole, "{} is whole"))
 
 
-class SizeInt(_Size, torch.SymInt):
+class SizeInt(_Size, torch.SymInt):  # type: ignore[misc]
     """A whole number read from the shape of a tensor, or computed from such."""
 
-    __class__ = property(lambda self: int)  # type: ignore[assignment]
+    __class__ = property(lambda self: int)
     __hash__ = _Size.__hash__
     __index__ = _Size.__index__
 
 
-class SizeFloat(_Size, torch.SymFloat):
+class SizeFloat(_Size, torch.SymFloat):  # type: ignore[misc]
     """A number with a fraction, computed from sizes."""
 
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __class__ = property(lambda self: float)
     __hash__ = _Size.__hash__
     __index__ = None  # type: ignore[assignment]
 
@@ -242,7 +242,7 @@ def _unary(name: str, func: Callable[..., Any], sign: str) -> None:
 def _binary(size: _Size, func: Callable[..., Any], operands: tuple[Any, Any], sign: str) -> Any:
     if any(isinstance(operand, list | tuple | str) for operand in operands):
         # A sequence repeated, or a text with a size in it, is Python's own.
-        return func(*(operator.index(o) if type(o) in SIZES else o for o in operands))  # type: ignore[arg-type]
+        return func(*(operator.index(o) if type(o) in SIZES else o for o in operands))
     values = [plain(operand) for operand in operands]
     if not all(isinstance(value, int | float) for value in values):
         return NotImplemented

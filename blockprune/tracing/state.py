@@ -298,7 +298,12 @@ def _put_back(value: Any) -> Callable[[], None]:
     if isinstance(value, np.random.RandomState):
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
+        seed = value.get_state()
+
+        def rewind() -> None:
+            value.set_state(seed)
+
+        return rewind
     return lambda: None
 
 

@@ -17,11 +17,11 @@ class WritesWeights(Exception):
     """An operation was about to write into a weight that is not the copy's own."""
 
 
-class weights_protected(TorchDispatchMode):
+class weights_protected(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raise `WritesWeights` before an operation writes into the memory of one of these tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held = [_storage(tensor) for tensor in tensors]
         self._protected = {storage._cdata for storage in self._held if storage is not None}
 
