@@ -184,19 +184,53 @@ def _holds_parameters(items: tuple[Any, ...]) -> bool:
     return False
 
 
+def _parameters_behind_the_write(items: tuple[Any, ...]) -> bool:
+    """Whether something with parameters comes behind what writes into the input of the chain."""
+    for i, item in enumerate(items):
+        if item == "relu_":
+            return _holds_parameters(items[i + 1 :])
+        if isinstance(item, Residual):
+            rest = item.after == "norm" or _holds_parameters(items[i + 1 :])
+            return rest or _parameters_behind_the_write(item.branch)
+        if item not in HANDS_ON:
+            return False
+    return False
+
+
+def _is_open(spec: Residual) -> bool:
+    """Whether the branch writes into x, and the shortcut is taken from x afterwards."""
+    return spec.shortcut in ("module", "clone") and _writes_into_input(spec.branch)
+
+
+def numbered(names: list[str]) -> list[str]:
+    """Return names with `#k` on those that occur more than once."""
+    return [
+        name if names.count(name) == 1 else f"{name}#{names[:i].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _heaviest(items: tuple[Any, ...]) -> int:
+    """Return which item has the most parameters, the first of several."""
+    sizes = [sum(p.numel() for p in _module(item).parameters()) for item in items]
+    return sizes.index(max(sizes))
+
+
 def _defects(spec: Residual) -> frozenset[str]:
+    writes = _writes_into_input(spec.branch)
     found = {
         "scaled_shortcut": spec.shortcut == "scaled",
         "projection_shortcut": spec.shortcut == "projection",
         # What lies behind the value that is read elsewhere can go.
         "branch_escapes": spec.escapes and not _holds_parameters(spec.branch[1:]),
         # A clone is taken after the branch has run: it holds what was written.
-        "mutates_shortcut": _writes_into_input(spec.branch),
+        "mutates_shortcut": writes,
         "no_parameters": not _holds_parameters(spec.branch),
     }
-    # What a branch writes into x escapes into a shortcut that is taken from x afterwards.
-    taken_later = spec.shortcut in ("module", "clone")
-    found["branch_escapes"] |= found["mutates_shortcut"] and taken_later
+    if _is_open(spec):
+        # What a branch writes into x stays for a shortcut that is taken from x afterwards.
+        found["mutates_shortcut"] = False
+        found["branch_escapes"] |= not _parameters_behind_the_write(spec.branch)
     return frozenset(reason for reason, present in found.items() if present)
 
 
@@ -207,20 +241,23 @@ def _residuals(items: tuple[Any, ...], path: str) -> Iterator[tuple[str, Residua
             yield f"{path}.{i}", item
 
 
+def _branches(spec: Residual, path: str) -> Iterator[tuple[str, Tap]]:
+    if spec.parallel:
+        yield from ((f"{path}.{key}", Tap(path, key)) for key in ("f", "g"))
+    elif spec.escapes:
+        # The owner calls the parts of f itself.
+        yield f"{path}.f.{1 + _heaviest(spec.branch[1:])}", Tap(path, "f")
+    else:
+        yield f"{path}.f" if _is_open(spec) else path, Tap(path, "f")
+
+
 def truth(spec: Architecture) -> Truth:
     """Return what a correct analysis finds in `Net(spec)`."""
-    removable: dict[str, Tap] = {}
-    refused: dict[str, frozenset[str]] = {}
-    for path, residual in _residuals(spec.body, "body"):
-        if defects := _defects(residual):
-            refused[path] = defects
-        elif residual.parallel:
-            removable |= {f"{path}.{key}": Tap(path, key) for key in ("f", "g")}
-        elif residual.escapes:
-            removable[f"{path}.f"] = Tap(path, "f")
-        else:
-            removable[path] = Tap(path, "f")
-    return Truth(removable, refused)
+    residuals = list(_residuals(spec.body, "body"))
+    refused = {path: defects for path, r in residuals if (defects := _defects(r))}
+    found = [item for path, r in residuals if path not in refused for item in _branches(r, path)]
+    names = numbered([name for name, _ in found])
+    return Truth(dict(zip(names, (tap for _, tap in found), strict=True)), refused)
 
 
 # ---------------------------------------------------------------- the draw

@@ -73,8 +73,9 @@ CASES = (
     Case("transformers", "BERT", 2 * 4, 0),
     Case("transformers", "DistilBERT", 2 * 4, 0),
     Case("transformers", "GPT-2", 2 * 4, 4),
-    # Attention and MLP in parallel: one branch a layer.
-    Case("transformers", "GPT-NeoX", 4, 4),
+    # Attention and MLP in parallel: as in (x + a) + b, so in x + (a + b).
+    Case("transformers", "GPT-NeoX", 2 * 4, 4),
+    # One writes into the other before the sum: one branch a layer.
     Case("transformers", "Falcon", 4, 4),
     Case("transformers", "Llama", 2 * 4, 4),
     Case("transformers", "Mixtral", 2 * 4, 4),

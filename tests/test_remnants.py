@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -284,27 +285,26 @@ def cut(model: nn.Module, **settings: Any) -> nn.Module:
     return blockprune.remove_blocks(model, "blocks.1", torch.rand(2, 4), **settings)
 
 
-def test_checkpoints_that_a_root_goes_on_making_are_no_loss() -> None:
-    model = Checkpointed(reads=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ticket = cut(model, preserve_root=True)
-    x = torch.rand(2, 4)
-    same(ticket, without(model, "blocks.1.f"), x)
-
-
-@pytest.mark.parametrize("kind", [Checkpointed, Segmented])
-def test_checkpoints_that_became_part_of_a_graph_are_told(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("preserve_root", [False, True])
+@pytest.mark.parametrize(
+    "kind", [Checkpointed, Segmented, functools.partial(Checkpointed, reads=True)]
+)
+def test_checkpoints_are_made_in_the_ticket_too(
+    kind: Callable[[], nn.Module], preserve_root: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = kind(), torch.rand(2, 4)
-    with pytest.warns(UserWarning, match="activation checkpoints made by the root are not"):
-        ticket = cut(model)
+    ticket = cut(model, preserve_root=preserve_root)
     same(ticket, without(model, "blocks.1.f"), x)
+    made: list[Any] = []
+    real = checkpoints.checkpoint
 
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(function)
+        return real(function, *args, **kwargs)
 
-def test_a_model_that_could_make_checkpoints_and_does_not_is_no_loss() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cut(Checkpointed(flag=False))
+    monkeypatch.setattr(checkpoints, "checkpoint", noted)
+    ticket.train()(x)
+    assert len(made) >= 2
 
 
 # --- memory of what leaves ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -141,8 +142,9 @@ def _examine_all(
     return branches, refusals
 
 
-def _place(flow: Flow, node: fx.Node) -> tuple[int, ...]:
-    return (*flow.region.order, flow.index[node])
+def _place(flow: Flow, node: fx.Node) -> tuple[float, ...]:
+    # A call of a module ends behind what a region of its own does in it.
+    return (*flow.region.order, flow.index[node], math.inf)
 
 
 def _name_cuts(

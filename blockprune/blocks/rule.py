@@ -128,7 +128,7 @@ class Refusal:
 
 
 def merge_of(node: fx.Node, flow: Flow) -> Merge | None:
-    """Return `node` as a merge, or None where it is not an add of two tensors."""
+    """Return `node` as a merge, or None where it adds no two tensors, or whole numbers."""
     is_add = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
         node.op == "call_method" and node.target in _ADD_METHODS
     )
@@ -138,7 +138,10 @@ def merge_of(node: fx.Node, flow: Flow) -> Merge | None:
     a, b = (*node.args, *named, None, None)[:2]
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return None
-    if flow.fact(a) is None or flow.fact(b) is None or flow.fact(node) is None:
+    found = flow.fact(node)
+    if flow.fact(a) is None or flow.fact(b) is None or found is None:
+        return None
+    if not (found.dtype.is_floating_point or found.dtype.is_complex):
         return None
     return Merge(node, (a, b), node.kwargs.get("alpha", 1))
 

@@ -1,29 +1,25 @@
 """What a ticket cannot keep of the dense model, said in warnings.
 
-A module that became part of a graph is not called any more. So the hooks that a user has put on it
-do not run, and what it ran under `torch.utils.checkpoint` keeps its activations. A normalisation
-that a removed branch shared with what stays sees less in training than it did.
+A module that became part of a graph is not called any more, so the hooks that a user has put on it
+do not run. A normalisation that a removed branch shared with what stays sees less in training than
+it did.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from blockprune.surgery.comparing import fresh
 from blockprune.surgery.record import translated
-from blockprune.surgery.remnants import Dissolved, Remnant
+from blockprune.surgery.remnants import Dissolved
 from blockprune.tracing import Call, isolated, structural_copy
 
-__all__ = ["warn_of_lost_checkpoints", "warn_of_lost_hooks", "warn_of_lost_statistics"]
+__all__ = ["warn_of_lost_hooks", "warn_of_lost_statistics"]
 
 _HOOKS = {
     "_forward_pre_hooks": "forward",
@@ -31,7 +27,6 @@ _HOOKS = {
     "_backward_pre_hooks": "backward",
     "_backward_hooks": "backward",
 }
-_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 
 
 def warn_of_lost_hooks(
@@ -53,33 +48,6 @@ def warn_of_lost_hooks(
                 "ticket, or on the layers inside.",
                 stacklevel=stacklevel,
             )
-
-
-def warn_of_lost_checkpoints(
-    model: nn.Module, ticket: nn.Module, call: Call, renamed: Mapping[str, str], *, stacklevel: int
-) -> None:
-    """Say so where the dense model recomputes activations that the ticket keeps.
-
-    Both are run in train mode, once each; the dense model only where its code speaks of
-    checkpoints, the ticket only where the dense model makes some.
-    """
-    if not any(_speaks_of_checkpoints(type(module)) for module in model.modules()):
-        return
-    before = _checkpointing(model, call)
-    if not before:
-        return
-    after = {translated(name, renamed) for name in _checkpointing(ticket, call)}
-    left = {translated(name, renamed): part for name, part in ticket.named_modules()}
-    lost = [name for name in before if name not in after and isinstance(left.get(name), Remnant)]
-    if lost:
-        names = ", ".join(repr(name) if name else "the root" for name in lost[:3])
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        warnings.warn(
-            f"activation checkpoints made by {names}{more} are not carried into the ticket, which "
-            "keeps all activations for the backward pass. Pass preserve_root=True to keep those "
-            "that the root makes, or wrap calls of the ticket in torch.utils.checkpoint.",
-            stacklevel=stacklevel,
-        )
 
 
 def warn_of_lost_statistics(
@@ -118,46 +86,6 @@ def _users(hooks: Mapping[int, Any]) -> bool:
     return any(not (type(hook).__module__ or "").startswith("torch.") for hook in hooks.values())
 
 
-def _speaks_of_checkpoints(kind: type[nn.Module]) -> bool:
-    functions = (
-        value
-        for base in kind.__mro__
-        if not base.__module__.startswith("torch.nn")
-        for value in vars(base).values()
-    )
-    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions if callable(f))
-    return any("checkpoint" in name for code in codes if code for name in _names_in(code))
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    yield from code.co_freevars
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
-
-
-def _checkpointing(model: nn.Module, call: Call) -> list[str]:
-    """Return the modules whose code makes checkpoints in train mode."""
-    copy = structural_copy(model)
-    names = {id(module): name for name, module in copy.named_modules()}
-    found: dict[str, None] = {}
-
-    def watch(frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code is _CHECKPOINT:
-            caller = next((i for i in _selves(frame) if i in names), None)
-            found[names.get(caller, "") if caller is not None else ""] = None
-
-    # A profile sees the call however the function was imported, and in this thread alone.
-    earlier = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        _run_in_train_mode(copy, call)
-    finally:
-        sys.setprofile(earlier)
-    return list(found)
-
-
 def _run_in_train_mode(copy: nn.Module, call: Call) -> None:
     """Run a copy of a model as far as it runs in train mode on these inputs."""
     inputs = fresh(call)
@@ -169,10 +97,3 @@ def _run_in_train_mode(copy: nn.Module, call: Call) -> None:
     except (RuntimeError, ValueError, TypeError, AttributeError):
         # It may want other inputs in train mode; what ran before has been seen.
         return
-
-
-def _selves(frame: types.FrameType | None) -> Iterable[int]:
-    while frame is not None:
-        if isinstance(owner := frame.f_locals.get("self"), nn.Module):
-            yield id(owner)
-        frame = frame.f_back

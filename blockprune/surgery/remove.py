@@ -26,7 +26,6 @@ from blockprune.surgery.claims import proof_of_cut
 from blockprune.surgery.configuration import has_configuration
 from blockprune.surgery.graph_module import graph_module
 from blockprune.surgery.lost import (
-    warn_of_lost_checkpoints,
     warn_of_lost_hooks,
     warn_of_lost_statistics,
 )
@@ -191,9 +190,6 @@ def cut_blocks(
             check = partial(proof.of, form.ticket, form.name_of) if verify else lambda: None
             fill_cache_slots(form.ticket, form.reference or model, check)
         warn_of_lost_hooks(model, form.ticket, form.renamed, stacklevel=4)
-        warn_of_lost_checkpoints(
-            model, form.ticket, analysis.traced.call, form.renamed, stacklevel=4
-        )
         warn_of_lost_statistics(model, shared, analysis.traced.call, stacklevel=4)
         record = TicketRecord(
             plan=plan,

@@ -65,20 +65,16 @@ def zero_branches(
     merges = {cut.branch.merge: _place(cut) for cut in cuts}
     followed = follow(twin, graphs, lambda path: partial(_Marking, adds=adds, merges=merges))
     forward = model.forward
-    places: dict[int, int] = {}
-    expected: list[tuple[int, int]] = []
 
     def zeroed(*args: Any, **kwargs: Any) -> Any:
-        if not expected:
+        if not adds.made:
             given = fresh(Call(args, kwargs))
             with torch.no_grad(), adds:
                 followed.train(model.training)(*given.args, **given.kwargs)
-            places.update(adds.marked)
-            expected.extend(adds.made)
-        made = _Adds(places)
+        made = _Adds(adds.marked)
         with made:
             outputs = forward(*args, **kwargs)
-        if made.made != expected:
+        if made.made != adds.made:
             raise VerificationError("the model makes other additions than its graphs")
         return outputs
 

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blockprune.tracing.calls import Binding
@@ -32,6 +33,9 @@ __all__ = [
     "mapped",
     "replaced",
 ]
+
+
+_ASSERTIONS = (torch._assert, torch._assert_async)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,8 @@ class Lines:
     def _walk(self, call: Invocation, stack: tuple[tuple[str, str, type[nn.Module]], ...]) -> None:
         for event in call.events:
             if isinstance(event, Step):
+                if event.func is torch._assert and event.args[:1] == (True,):
+                    continue  # It asserts what guards of sizes see to.
                 kind = "guard" if event.kind == "leave" else event.kind
                 self._add(Line(kind, call.path, event, stack))
                 continue
@@ -322,6 +328,10 @@ def _differences(
     one: Line, other: Line, twins: Mapping[int, int], doubtful: Collection[int]
 ) -> Iterator[Variation]:
     """Yield the constants that differ; one without a place where more does."""
+    if one.func in _ASSERTIONS:
+        # What it says where it fails may hold sizes.
+        yield from _values_differ(one.args[:1], other.args[:1], ("args",), twins, doubtful)
+        return
     for name in ("args", "kwargs"):
         yield from _values_differ(
             getattr(one, name), getattr(other, name), (name,), twins, doubtful

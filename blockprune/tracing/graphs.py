@@ -141,8 +141,6 @@ class _Writer:
         for number, line in enumerate(self.lines.lines):
             self._write_fork(number)
             self.line = line
-            if _is_settled_assertion(line):
-                continue
             if number in self.in_eval:
                 self._write_in_mode(number, line, self.in_eval[number].path, train=False)
             elif line.kind not in ("enter", "exit", "state"):
@@ -291,9 +289,10 @@ class _Writer:
     def _made(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs or {}))
         if self.line is not None:
-            node.meta["nn_module_stack"] = {
-                key: (path, kind) for key, path, kind in self.line.stack
-            }
+            # What prepares the call of a module is no part of it.
+            is_outside = self.line.kind == "module" and op != "call_module"
+            stack = self.line.stack[:-1] if is_outside else self.line.stack
+            node.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in stack}
         return node
 
     # --- values ---------------------------------------------------------------------------------
@@ -342,19 +341,30 @@ class _Writer:
     def _node(self, source: Any, keys: tuple[Any, ...]) -> fx.Node:
         if (source, keys) not in self.nodes:
             if keys:
-                holder, key = self._node(source, keys[:-1]), keys[-1]
-                func = getattr if isinstance(key, Field) else operator.getitem
-                args = holder, key.name if isinstance(key, Field) else key
-                node = (
-                    self._made_in_mode(source, func, args)
-                    if source in self.modes
-                    else self._made("call_function", func, args)
-                )
+                node = self._item(source, self._node(source, keys[:-1]), keys[-1])
             else:
                 node = self._read_attribute(str(source))
             self.nodes[source, keys] = node
             self._note(node, source, keys)
         return self.nodes[source, keys]
+
+    def _item(self, source: Any, holder: fx.Node, key: Any) -> fx.Node:
+        """Write the reading of an item of `holder`."""
+        func = getattr if isinstance(key, Field) else operator.getitem
+        args = holder, key.name if isinstance(key, Field) else key
+        if source in self.modes:
+            return self._made_in_mode(source, func, args)
+        if isinstance(source, Bound):
+            return self.graph.call_function(func, args)
+        # As code does that unpacks what it is given, whenever it uses the items.
+        last = holder
+        while last.next.target in (getattr, operator.getitem) and last.next.args[0] is holder:
+            last = last.next
+        with self.graph.inserting_after(last):
+            node = self.graph.call_function(func, args)
+        stack = list(holder.meta.get("nn_module_stack", {}).items())
+        node.meta["nn_module_stack"] = dict(stack[:-1] if holder.op == "call_module" else stack)
+        return node
 
     def _chosen(self, item: ByMode) -> fx.Node:
         flag = self._argument(Flag(item.path))
@@ -445,12 +455,6 @@ def _flat(value: Any) -> list[Any]:
     found: list[Any] = []
     mapped(value, found.append)
     return found
-
-
-def _is_settled_assertion(line: Line) -> bool:
-    """Whether a line asserts what guards of sizes have seen to."""
-    func = line.event.func if isinstance(line.event, Step) else None
-    return func is torch._assert and line.args[:1] == (True,)
 
 
 def _named(func: Any) -> Any:

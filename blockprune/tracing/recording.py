@@ -133,7 +133,8 @@ class Step(_Event):
         text: for messages: what left the record.
         line: of the user's code, where something left the record.
         no_grad: whether it ran without gradients where the model around it has them.
-        merges: whether it adds two tensors of one shape that depend on the arguments.
+        merges: whether it adds two tensors of one shape that depend on the arguments, and are no
+            whole numbers.
     """
 
     kind: str = "call"
@@ -156,7 +157,8 @@ class Invocation(_Event):
         call: the arguments as they were, tensors as `TensorFact`s.
         events: what was recorded within, in order.
         given: while it runs, the tensors among its arguments, and their versions.
-        grad: whether gradients are on where it is called.
+        grad, autocast, saving: whether gradients are on where it is called, for which devices
+            autocast is, and the hooks under which autograd saves tensors.
     """
 
     path: str = ""
@@ -167,6 +169,8 @@ class Invocation(_Event):
     events: list[Step | Invocation] = dataclasses.field(default_factory=list)
     given: list[tuple[Tensor, int]] = dataclasses.field(default_factory=list)
     grad: bool = True
+    autocast: tuple[bool, ...] = ()
+    saving: Any = None
 
     def invocations(self) -> Iterator[Invocation]:
         """Yield it, and all within."""
@@ -380,8 +384,7 @@ class _Recorder(TorchFunctionMode):
         top = self.top
         top.call = call.described()
         top.args, top.kwargs = self._encode(args), self._encode(kwargs)
-        self.autocast, top.grad = _autocast_state(), _grad_enabled()
-        self.saving = _saving_hooks()
+        _note_state(top)
         for path, module in self.model.named_modules():
             if path:
                 self._hook(self.prefix + path, module)
@@ -469,11 +472,11 @@ class _Recorder(TorchFunctionMode):
                 self.in_leaf += 1
                 return None
             with torch._C.DisableTorchFunction():
-                if _saving_hooks() != self.saving:
+                if _saving_hooks() != self.open[-1].saving:
                     self.stop("uses activation checkpointing")
                 if _grad_enabled() != self.open[-1].grad:
                     self.stop("changes the grad mode around a module")
-                if _autocast_state() != self.autocast:
+                if _autocast_state() != self.open[-1].autocast:
                     self.stop("changes the autocast mode inside its forward")
                 self._check_state()
                 self._open(
@@ -504,7 +507,7 @@ class _Recorder(TorchFunctionMode):
         self.handles.append(after(module, leave, always_call=True))
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.grad = _grad_enabled()
+        _note_state(call)
         count = self.calls[call.path]
         self.calls[call.path] += 1
         call.key = f"{call.path}@{count}" if count else call.path
@@ -637,9 +640,9 @@ class _Recorder(TorchFunctionMode):
             step.no_grad = True
             if not self.no_grad or self.no_grad[-1] != _grad_enabled():
                 self.stop("runs a torch.autograd.Function, or changes the grad mode unseen")
-        if _autocast_state() != self.autocast:
+        if _autocast_state() != self.open[-1].autocast:
             self.stop("changes the autocast mode inside its forward")
-        if _saving_hooks() != self.saving:
+        if _saving_hooks() != self.open[-1].saving:
             self.stop("uses activation checkpointing")
         step.written = self._memory(
             [t for t, version in zip(given, versions, strict=True) if t._version != version]
@@ -669,6 +672,7 @@ class _Recorder(TorchFunctionMode):
             name in _ADDS
             and len(operands) == 2
             and operands[0].shape == operands[1].shape
+            and (operands[0].is_floating_point() or operands[0].is_complex())
             and all(self._lookup(operand).active for operand in operands)
             # A sum of two products, as in rotary embeddings, has no identity shortcut.
             and not all(_is_product(self._lookup(operand)) for operand in operands)
@@ -888,6 +892,10 @@ def _alias(tensor: Tensor) -> Tensor:
         # Sparse and similar layouts have no views.
         return tensor
     return alias
+
+
+def _note_state(call: Invocation) -> None:
+    call.grad, call.autocast, call.saving = _grad_enabled(), _autocast_state(), _saving_hooks()
 
 
 def _autocast_state() -> tuple[bool, ...]:

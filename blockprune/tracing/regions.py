@@ -308,8 +308,8 @@ class _Walk:
             return False
 
     def note_unused(self) -> None:
-        """Report modules that no region and no opaque module reads, and that could hold blocks."""
-        read = set(self.opaque)
+        """Report modules that are neither called nor read, and that could hold blocks."""
+        read = {*self.opaque, *self.runs.main.by_path} - {""}
         for region in self.regions:
             for node in region.graph.nodes:
                 if node.op in ("call_module", "get_attr"):

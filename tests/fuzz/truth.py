@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.fuzz.recipe import HANDS_ON, IN_PLACE, Layer, Loop, Part, Recipe, Region, Unit
+from tests.strategies import numbered
 
 __all__ = ["Truth", "truth"]
 
@@ -71,17 +72,43 @@ def _holds_parameters(parts: tuple[Part, ...]) -> bool:
     return False
 
 
+def _parameters_behind_the_write(parts: tuple[Part, ...]) -> bool:
+    """Whether something with parameters comes behind what writes into the input of the chain."""
+    for i, part in enumerate(parts):
+        rest = parts[i + 1 :]
+        if isinstance(part, Region):
+            return _parameters_behind_the_write((*part.items, *rest))
+        if isinstance(part, Unit):
+            if part.after == "norm" or part.parallel or _holds_parameters(rest):
+                return True
+            in_branch = not part.masked and _writes_into_input(part.branch)
+            return in_branch and _parameters_behind_the_write(part.branch)
+        if isinstance(part, Loop):
+            return True
+        if part in IN_PLACE:
+            return _holds_parameters(rest)
+        if part not in HANDS_ON:
+            return False
+    return False
+
+
+def _is_open(unit: Unit) -> bool:
+    """Whether the branch writes into x, and the shortcut is taken from x afterwards."""
+    writes = not unit.masked and not unit.begins and _writes_into_input(unit.branch)
+    return writes and unit.shortcut in ("module", "empty", "clone")
+
+
 def _defects(unit: Unit) -> frozenset[str]:
     writes = not unit.masked and _writes_into_input(unit.branch)
-    # What a branch writes into x escapes into a shortcut that is taken from x afterwards.
-    taken_later = unit.shortcut in ("module", "empty", "clone")
+    is_open = _is_open(unit)
     found = {
         "scaled_shortcut": unit.shortcut == "scaled",
         "projection_shortcut": unit.shortcut in ("projection", "down"),
         # What lies behind the value that is read elsewhere can go.
         "branch_escapes": (unit.escapes and not _holds_parameters(unit.branch[1:]))
-        or (writes and taken_later),
-        "mutates_shortcut": writes,
+        # What the branch writes into x stays, for the shortcut.
+        or (is_open and not _parameters_behind_the_write(unit.branch)),
+        "mutates_shortcut": writes and not is_open,
         "no_parameters": not _holds_parameters(unit.branch),
     }
     return frozenset(reason for reason, present in found.items() if present)
@@ -124,7 +151,9 @@ def _merges(part: Part, path: str) -> Iterator[_Merge]:
             yield _Merge(path, "f", "f", frozenset(), inner)
             yield _Merge(path, "g", "g", frozenset())
         else:
-            yield _Merge(path, "f", "f", _defects(part), inner, not part.escapes)
+            yield _Merge(
+                path, "f", "f", _defects(part), inner, not part.escapes and not _is_open(part)
+            )
 
 
 def truth(recipe: Recipe) -> Truth:
@@ -148,7 +177,7 @@ def truth(recipe: Recipe) -> Truth:
         else f"{merge.owner}.{merge.child}"
         for merge, _ in sound
     ]
-    names = _numbered(bases)
+    names = numbered(bases)
     removable = {
         name: Switch(merge.owner, merge.key, call)
         for name, (merge, call) in zip(names, sound, strict=True)
@@ -160,12 +189,3 @@ def truth(recipe: Recipe) -> Truth:
     }
     refused = {merge.owner: merge.defects for merge in merges if merge.defects}
     return Truth(removable, refused, nested)
-
-
-def _numbered(names: list[str]) -> list[str]:
-    count, seen = Counter(names), Counter[str]()
-    unique = []
-    for name in names:
-        unique.append(name if count[name] == 1 else f"{name}#{seen[name]}")
-        seen[name] += 1
-    return unique
