@@ -317,7 +317,7 @@ def pruning_in_passes(results: Results, options: Any, device: torch.device) -> N
         samples = alternate(
             {
                 "prune": again(
-                    lambda more=more: blockprune.prune(dense, "snip", data=data, **more)
+                    lambda more=more: blockprune.prune(dense, "snip", p=3, data=data, **more)
                 ),
                 "passes": again(passes),
             },

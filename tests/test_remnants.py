@@ -304,7 +304,7 @@ def test_checkpoints_are_made_in_the_ticket_too(
 
     monkeypatch.setattr(checkpoints, "checkpoint", noted)
     ticket.train()(x)
-    assert len(made) >= 2
+    assert made
 
 
 # --- memory of what leaves ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import blockprune
-from blockprune.errors import BlockpruneError, TraceError, VerificationError
+from blockprune.errors import BlockpruneError, VerificationError
 from blockprune.surgery import record_of, remove
 from blockprune.tracing import copy_graph
 

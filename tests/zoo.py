@@ -681,7 +681,7 @@ class Counter(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Leaves a value behind as a plain attribute."""
+    """Leaves a value behind as a plain attribute, which no graph does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1347,7 +1347,7 @@ ENTRIES: tuple[Entry, ...] = (
             Branch(Tap("body.1"), None, "body.1", ("body.1.f.",)),
         ),
     ),
-    Entry("remembers", _trunk(Remembers, Plain), images, _body(2), {}),
+    Entry("remembers", _trunk(Remembers, Plain), images, named("body.1"), {"opaque": 1}),
     Entry("no_grad_stem", NoGradStem, images, named("a", "b"), {}),
     Entry(
         "weight_norm",

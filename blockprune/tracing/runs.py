@@ -75,7 +75,22 @@ class Runs:
         if in_train is None:
             in_train = self.alike()
             yield from _present(self.wider())
+        elif "skipped" not in self._made:
+            self._made["skipped"] = in_train
+            self._add_skipped(in_train)
         yield from _present(in_train)
+
+    def _add_skipped(self, run: Run) -> None:
+        """Add to a run in train mode what calls of modules that it skipped do (layer drop)."""
+        for seed in range(1, 4):
+            skipped = self.main.by_path.keys() - run.by_path.keys()
+            if not skipped:
+                return
+            other = self._attempt(f"train {seed}", other_batch(self.call), train=True, seed=seed)
+            if other is not None:
+                found = skipped & other.by_path.keys()
+                run.by_path.update({path: other.by_path[path] for path in found})
+                run.recording.stopped.update(other.recording.stopped)
 
     def _settings(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Return the numbers that are attributes of modules with merges, and others to try."""
@@ -240,13 +255,14 @@ class Runs:
         grad: bool,
         sizes: bool = True,
         as_it_is: bool = False,
+        seed: int = 0,
         convert: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Run:
         def once(only: frozenset[str] | None) -> tuple[Recording, list[str]]:
             # A conversion writes into the parameters, so it gets some of its own.
             model = convert(copy_model(self.root)) if convert else structural_copy(self.root)
             given = call if as_it_is else call.map(lambda tensor: tensor.detach().clone())
-            seed_rng(0)
+            seed_rng(seed)
             state = State(model, [*enumerate(given.args), *given.kwargs.items()], only)
             is_own = convert is not None or writes_weights(self.root)
             shared = [] if is_own else list(model.parameters())

@@ -34,6 +34,7 @@ __all__ = [
     "reference",
     "right",
     "right_or_refused",
+    "right_where",
     "same",
     "surroundings",
     "untouched",
@@ -107,6 +108,14 @@ def right_or_refused(
     for error in refusals:
         assert_that_it_says_why(error)
     return refusals
+
+
+def right_where(is_followed: bool, *args: Any, **options: Any) -> None:
+    """Demand that a ticket is right, or, where not `is_followed`, that it is right or refuses."""
+    if is_followed:
+        right(*args, **options)
+    else:
+        right_or_refused(*args, **options)
 
 
 def _hold(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.recording.law import Trial, right, right_or_refused
+from tests.recording.law import Trial, right_or_refused, right_where
 from tests.recording.nets import WIDTH, Block, features, ones, padded
 
 Same = Callable[[Tensor, Tensor], bool]
@@ -183,8 +183,8 @@ class Optional(nn.Module):
 def test_what_may_be_absent(
     example: dict[str, Any], later: dict[str, Any], preserve_root: bool
 ) -> None:
-    law = right if preserve_root else right_or_refused
-    law(
+    right_where(
+        preserve_root,
         Optional(),
         {"x": ONE, **example},
         [Trial({"x": ONE, **later})],

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import blockprune
 from blockprune.errors import TraceError
-from tests.recording.law import Trial, right, right_or_refused
+from tests.recording.law import Trial, right, right_or_refused, right_where
 from tests.recording.nets import (
     WIDTH,
     Act,
@@ -742,8 +742,7 @@ def test_windows_of_an_image(ask: bool, example: tuple[int, int]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Windows(ask), Windows(ask), Windows(ask))
     trials = [Trial(torch.rand(n, 3, h, w)) for n, h, w in [(1, 8, 8), (2, 7, 5), (3, 4, 9)]]
-    law = right_or_refused if ask else right
-    law(net, torch.rand(2, 3, *example), trials, cut="2", zero="2.f")
+    right_where(not ask, net, torch.rand(2, 3, *example), trials, cut="2", zero="2.f")
 
 
 class Ranks(nn.Module):
