@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "compare_outcomes",
     "fresh",
+    "given_back",
     "gradients_of",
     "is_coarse",
     "snapshot",
@@ -58,16 +59,32 @@ class Outcome:
         buffers: as the run left them, by name.
         gradients: of a fixed random projection of the outputs, by the name of the parameter; None
             where there was no backward pass.
+        given: numbers of the tensors it returned that lie in the memory of an input.
     """
 
     outputs: Any
     buffers: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] | None
+    given: frozenset[int] = frozenset()
 
 
 def fresh(call: Call) -> Call:
     """Return the call with tensors of its own: a forward may write into its inputs."""
     return call.map(lambda tensor: tensor.detach().clone())
+
+
+def given_back(outputs: Any, call: Call) -> frozenset[int]:
+    """Return the numbers of the outputs that lie in the memory of an argument."""
+    inputs = {_place(tensor) for tensor in tensors_in((call.args, call.kwargs))} - {0}
+    return frozenset(i for i, tensor in enumerate(tensors_in(outputs)) if _place(tensor) in inputs)
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        # Sparse and similar layouts have no one place.
+        return 0
 
 
 def snapshot(value: Any) -> Any:
@@ -95,6 +112,8 @@ def compare_outcomes(
         Differs: names the first difference.
     """
     compare(found.outputs, expected.outputs, room)
+    if found.given - expected.given:
+        raise Differs("what it returns is an input itself, or lies in the memory of one")
     for name, buffer in found.buffers.items():
         wanted = expected.buffers.get(names(name))
         if wanted is not None:

@@ -29,6 +29,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _OF_REMNANTS = frozenset(("remnant_aside", "remnant_place"))
 
 
@@ -97,7 +98,9 @@ class _Rebuilding:
         remnant.remnant_aside = dict(vars(old).get("remnant_aside", {}))
         for key, child in old._modules.items():
             twin, stays = self._child(child, _joined(name, key), is_gone=is_gone)
-            (remnant._modules if stays else remnant.remnant_aside)[key] = twin
+            # Code around may count what is in a list.
+            is_counted = bool(self.path) and isinstance(old, _LISTS)
+            (remnant._modules if stays or is_counted else remnant.remnant_aside)[key] = twin
         for registry in ("_parameters", "_buffers"):
             for key, tensor in vars(old)[registry].items():
                 path = _joined(name, key)

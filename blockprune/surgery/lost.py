@@ -34,7 +34,8 @@ def warn_of_lost_hooks(
 ) -> None:
     """Say so where a module with the user's hooks is not called in the ticket.
 
-    Hooks of modules that went with a branch are no loss, unless the module holds others.
+    Hooks of modules that went with a branch are no loss, unless the module holds others. Those of a
+    weight that stays are lost, as the ticket has weights of its own.
     """
     left = {translated(name, renamed): part for name, part in ticket.named_modules()}
     for name, module in model.named_modules():
@@ -48,6 +49,15 @@ def warn_of_lost_hooks(
                 "ticket, or on the layers inside.",
                 stacklevel=stacklevel,
             )
+
+    own = {translated(name, renamed) for name, _ in ticket.named_parameters()}
+    hooked = [name for name, weight in model.named_parameters() if _has_hooks(weight)]
+    if names := [name for name in hooked if name in own]:
+        warnings.warn(
+            f"the hooks of {', '.join(map(repr, names))} are not carried into the ticket, which "
+            "has weights of its own. Register them on those of the ticket.",
+            stacklevel=stacklevel,
+        )
 
 
 def warn_of_lost_statistics(
@@ -84,6 +94,10 @@ def warn_of_lost_statistics(
 def _users(hooks: Mapping[int, Any]) -> bool:
     """Whether any of the hooks is not one of torch's own, which compute weights."""
     return any(not (type(hook).__module__ or "").startswith("torch.") for hook in hooks.values())
+
+
+def _has_hooks(weight: nn.Parameter) -> bool:
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 def _run_in_train_mode(copy: nn.Module, call: Call) -> None:

@@ -37,6 +37,7 @@ from blockprune.surgery.comparing import (
     Outcome,
     compare_outcomes,
     fresh,
+    given_back,
     gradients_of,
     is_coarse,
     snapshot,
@@ -242,6 +243,7 @@ class Proof:
             expected.outputs,
             self._of_one(self.fitted(expected.buffers)),
             expected.gradients and self.fitted(expected.gradients),
+            expected.given,
         )
         compare_outcomes(outcome, left, names, 0.0 if situation.autocast else room)
         return outcome
@@ -325,7 +327,8 @@ class Proof:
                 outputs = model(*call.args, **call.kwargs), taken
                 gradients = gradients_of(outputs, model) if situation.differentiate else None
             left = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-            return Outcome(snapshot(outputs), left, gradients)
+            given = given_back(outputs[0], call)
+            return Outcome(snapshot(outputs), left, gradients, given)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -40,12 +40,12 @@ from blockprune.tracing.guards import (
     expect_given,
     expect_length,
     expect_rank,
+    expect_setting,
     expect_state,
 )
 from blockprune.tracing.places import module_of
-from blockprune.tracing.recording import Invocation, Known, Step
+from blockprune.tracing.recording import Invocation, Known, Step, knowns
 from blockprune.tracing.runs import DTYPES, Run, Runs
-from blockprune.tracing.values import TensorFact
 
 __all__ = ["Agreement"]
 
@@ -141,8 +141,31 @@ class Agreement:
         """Call modules in which a size leaves the record, where no merge is lost by it."""
         for line in self.main.lines:
             asks = line.kind == "guard" and line.func is not torch.Tensor.dim
-            if asks and self._can_be_called(line.path):
+            if asks and self._can_be_called(line.path) and not self._returns_apart(line.path):
                 self.called[line.path] = f"its forward goes by a size (at {line.code})"
+
+    def _returns_apart(self, path: str) -> bool:
+        """Whether several tensors that a module returns are used.
+
+        A branch that needs one of them (attention, and not its weights) could not go else.
+        """
+        for call in self.runs.main.by_path[path]:
+            returned = {id(known) for known in knowns(call.result) if known.is_tensor}
+            if len(returned) > 1 and len(returned & self._used_outside(call)) > 1:
+                return True
+        return False
+
+    def _used_outside(self, call: Invocation) -> set[int]:
+        """Return what is used by other code than that of a call, by identity."""
+        found: set[int] = set()
+        pending: list[Step | Invocation] = [self.main.top]
+        while pending:
+            event = pending.pop()
+            if isinstance(event, Invocation) and event is not call:
+                pending.extend(event.events)
+            if event is not call:
+                found |= {id(known) for known in knowns((event.args, event.kwargs))}
+        return found | {id(known) for known in knowns(self.main.top.result)}
 
     def _can_be_called(self, path: str) -> bool:
         return path != self.path and path not in self.runs.merging and path not in self.called
@@ -416,17 +439,45 @@ class Agreement:
         return None if callable_ones else False
 
     def _bind_settings(self) -> None:
-        """Bind numbers that are attributes of a module: users may set them in the ticket too."""
-        settings = self.runs.settings
-        run = self.runs.with_settings({key: new for key, (_, new) in settings.items()})
-        if run is None or not run.by_path.get(self.path):
-            return
-        _, variations, _ = compare(self.main, self._lines(run, 0))
-        for found in variations:
-            path = self.main.lines[found.line].path
-            for (owner, name), values in settings.items():
-                if owner == path and (found.ours, found.theirs) == values:
-                    self._bind([(found, Setting(path, name, values[0]))])
+        """Bind numbers that are attributes of a module: users may set them in the ticket too.
+
+        Where a number is computed with before torch sees it, a guard keeps it as it was.
+        """
+        fixed: dict[tuple[str, str], None] = {}
+        in_train = next((pair for pair in self.twins if pair[0].mode == "train"), None)
+        for like, before in ((self.runs.main, self.main), *([in_train[:2]] if in_train else [])):
+            run = self.runs.with_settings(like)
+            if run is None or not run.by_path.get(self.path):
+                continue
+            culprits, variations, _ = compare(before, self._lines(run, 0))
+            owners = {before.lines[found.line].path for found in variations} | culprits.keys()
+            free = set()
+            for found in variations:
+                setting = self._setting_in(before.lines[found.line].path, found)
+                if setting is None:
+                    continue
+                free.add((setting.path, setting.name))
+                if before is self.main:
+                    self._bind([(found, setting)])
+                elif self._is_of_a_fork(found.line):
+                    _put(before.lines[found.line], found.where, setting)
+            fixed |= {
+                key: None for key in self.runs.settings if key[0] in owners and key not in free
+            }
+        for path, name in fixed:
+            value, _ = self.runs.settings[path, name]
+            place = f"{path}.{name}".lstrip(".")
+            check = Check(expect_setting, (place, Setting(path, name, value), value))
+            self.checks.setdefault(-1, []).append(check)
+
+    def _is_of_a_fork(self, number: int) -> bool:
+        return any(number in range(*fork.theirs) for fork in self.forks)
+
+    def _setting_in(self, path: str, found: Variation) -> Setting | None:
+        for (owner, name), values in self.runs.settings.items():
+            if owner == path and (found.ours, found.theirs) == values:
+                return Setting(path, name, values[0])
+        return None
 
     def _reads(self, what: str) -> list[int]:
         lines = enumerate(self.main.lines)
@@ -437,7 +488,7 @@ class Agreement:
         given = [(line.args, line.kwargs) for line in self.main.lines]
         used = {ref.source for ref in _refs_of([*given, self.main.result]) if ref.keys}
         for binding in self._bindings(self.main.top):
-            if isinstance(binding.value, Known) and isinstance(binding.value.fact, TensorFact):
+            if isinstance(binding.value, Known) and binding.value.is_tensor:
                 if binding.default is not inspect.Parameter.empty:
                     check = Check(expect_given, (binding.name, Ref(Bound(binding.name))))
                     self.checks.setdefault(-1, []).append(check)
@@ -456,7 +507,7 @@ class Agreement:
             return
         for binding in self._bindings(self.main.top):
             value = binding.value
-            if isinstance(value, Known) and isinstance(value.fact, TensorFact):
+            if isinstance(value, Known) and value.is_tensor:
                 rank = len(value.fact.shape)
                 check = Check(expect_rank, (binding.name, Ref(Bound(binding.name)), rank))
                 self.checks.setdefault(-1, []).append(check)

@@ -75,7 +75,10 @@ class Check:
     args: tuple[Any, ...]
 
 
-_PURE = frozenset({getattr, len, operator.getitem, "dim", "numel", "size", "stride"})
+_PURE = frozenset(
+    {getattr, len, operator.getitem, torch.ops.aten.detach.default}
+    | {"dim", "numel", "size", "stride"}
+)
 _OPERATORS = {
     "__getitem__": operator.getitem,
     "__invert__": operator.invert,
@@ -198,6 +201,9 @@ class _Writer:
 
     def _write_line(self, number: int, line: Line) -> None:
         event = line.event
+        if isinstance(event, Step) and line.kind == "guard" and line.func is len:
+            self._write_guard(event, (self._list_of(line.args[0]),), {})
+            return
         args, kwargs = self._argument(line.args), self._argument(line.kwargs)
         if isinstance(event, Invocation):
             node = self._made("call_module", self.lines.relative(event.path), args, kwargs)
@@ -271,6 +277,14 @@ class _Writer:
         known = tuple(mapped(step.args, _fact)) if sizes else ()
         known = tuple(item for item in known if type(item) in (int, float))
         self._guard(expect_size, (step.text, value, step.result, step.line, known, *sizes))
+
+    def _list_of(self, items: Any) -> Any:
+        """Return the node of the list or tuple that these are all items of."""
+        if isinstance(items, Ref) or not items or not isinstance(items[0], Ref):
+            return self._argument(items)
+        source = items[0].source
+        is_whole = list(items) == [Ref(source, (index,)) for index in range(len(items))]
+        return self._node(source, ()) if is_whole else self._argument(items)
 
     def _call(self, step: Step, args: Any, kwargs: Any) -> fx.Node:
         func, name = step.func, getattr(step.func, "__name__", "")
@@ -358,7 +372,7 @@ class _Writer:
             return self.graph.call_function(func, args)
         # As code does that unpacks what it is given, whenever it uses the items.
         last = holder
-        while last.next.target in (getattr, operator.getitem) and last.next.args[0] is holder:
+        while _is_beside(last.next, last, holder):
             last = last.next
         with self.graph.inserting_after(last):
             node = self.graph.call_function(func, args)
@@ -437,6 +451,13 @@ class _Writer:
         given = self.lines.find_before(call, values[0].same_as)
         if given is not None and not written & self.facts.storages[item]:
             self.facts.stand_ins[item] = self._node(given.source, given.keys)
+
+
+def _is_beside(node: fx.Node, before: fx.Node, holder: fx.Node) -> bool:
+    """Whether a node reads an item or the length of `holder`, or guards that."""
+    if node.target is expect_size:
+        return before.target is len and node.args[1] is before
+    return node.target in (getattr, len, operator.getitem) and node.args[0] is holder
 
 
 def _fact(value: Any) -> Any:

@@ -28,6 +28,7 @@ __all__ = [
     "expect_given",
     "expect_length",
     "expect_rank",
+    "expect_setting",
     "expect_size",
     "expect_state",
 ]
@@ -44,6 +45,19 @@ def expect_constant(name: str, value: Any, expected: Any) -> None:
         raise TraceError(
             f"this ticket was cut with {name}={expected!r} and only knows that case; got {found}. "
             f"Cut it again with example_inputs that pass {name} as you call it here."
+        )
+
+
+def expect_setting(name: str, value: Any, expected: Any) -> None:
+    """Refuse a call for which the attribute `name` of a module has been changed.
+
+    Raises:
+        TraceError: the value differs.
+    """
+    if value != expected:
+        raise TraceError(
+            f"this ticket was cut with {name}={expected!r}, which its graph was computed with; got "
+            f"{value!r}. Set it in the dense model and cut that again."
         )
 
 
@@ -238,6 +252,7 @@ GUARDS = frozenset(
         expect_given,
         expect_length,
         expect_rank,
+        expect_setting,
         expect_size,
         expect_state,
         torch._assert,

@@ -96,6 +96,11 @@ class Known:
     counted: bool = False
     same_as: Known | None = None
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is one."""
+        return isinstance(self.fact, TensorFact)
+
 
 @dataclasses.dataclass(frozen=True)
 class Built:
@@ -673,11 +678,16 @@ class _Recorder(TorchFunctionMode):
             and len(operands) == 2
             and operands[0].shape == operands[1].shape
             and (operands[0].is_floating_point() or operands[0].is_complex())
-            and all(self._lookup(operand).active for operand in operands)
+            and all(self._is_activation(operand) for operand in operands)
             # A sum of two products, as in rotary embeddings, has no identity shortcut.
             and not all(_is_product(self._lookup(operand)) for operand in operands)
         )
         return value
+
+    def _is_activation(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the arguments of the model, or is one of the module's."""
+        given = self.open[-1].given
+        return self._lookup(tensor).active or any(tensor is other for other, _ in given)
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         step = Step(self.open[-1], self._encode(args), self._encode(kwargs), func=func)
@@ -746,7 +756,13 @@ class _Recorder(TorchFunctionMode):
         self.stopped.setdefault(self.open[-1].path, reason + (f" (at {line})" if line else ""))
 
     def _check_state(self) -> None:
-        for name in self.state.changed() if self.state is not None else ():
+        if self.state is None:
+            return
+        # Sizes that were kept, as keys for one, are compared here by nobody's forward.
+        self.in_leaf += 1
+        changed = self.state.changed()
+        self.in_leaf -= 1
+        for name in changed:
             self.stop(f"changes {name} in its forward")
 
     def _know(

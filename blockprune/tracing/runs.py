@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -196,17 +196,19 @@ class Runs:
         )
         return Run("other arguments", "eval", found, _by_path(found))
 
-    def with_settings(self, settings: Mapping[tuple[str, str], float]) -> Run | None:
-        """Return the recording with other values of plain attributes, by path and name."""
-        if not settings:
+    def with_settings(self, like: Run) -> Run | None:
+        """Return a recording as `like`, with other values of the settings."""
+        if not self.settings:
             return None
 
         def change(model: nn.Module) -> nn.Module:
-            for (path, name), value in settings.items():
-                setattr(model.get_submodule(path), name, value)
+            for (path, name), (_, new) in self.settings.items():
+                setattr(model.get_submodule(path), name, new)
             return model
 
-        return self._attempt("settings", self.call, train=False, convert=change)
+        call = other_batch(self.call) if like.name == "train" else self.call
+        name = f"{like.name} with other settings"
+        return self._attempt(name, call, train=like.mode == "train", convert=change)
 
     # --- one run --------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 import blockprune
+from blockprune.errors import TraceError
 from tests.recording.law import Trial, assert_alike, reference
 from tests.recording.nets import WIDTH, features
 
@@ -188,13 +189,17 @@ class OwnRate(nn.Module):
 
 @pytest.mark.parametrize("how", ["dropout", "depth", "factor"])
 @pytest.mark.parametrize("preserve_root", [False, True])
-def test_a_setting_of_a_block_acts_or_is_not_there(how: str, preserve_root: bool) -> None:
+def test_a_setting_of_a_block_acts_or_is_refused(how: str, preserve_root: bool) -> None:
     """A block that became part of a graph has no rate that could be set without effect."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[OwnRate(how) for _ in range(3)])
     expected = reference(model, "2.f")
     ticket = blockprune.remove_blocks(model, "2", features(), preserve_root=preserve_root)
-    holders = [path for path, module in ticket.named_modules() if "p" in vars(module)]
-    if not holders:
+    assert_alike(ticket, expected, Trial(features(4), True))
+    if how == "depth":
+        # The function computes with it before torch sees it.
+        setting("p", 0.8)(ticket)
+        with pytest.raises(TraceError, match=r"cut with [12]\.p=0\.1, .*; got 0\.8"):
+            ticket(features(4))
         return
     assert_alike(ticket, expected, Trial(features(4), True, prepare=setting("p", 0.8)))
 
@@ -240,6 +245,6 @@ def test_hooks_act_in_the_ticket_or_a_warning_says_that_they_are_lost(
         warnings.simplefilter("always")
         ticket = blockprune.remove_blocks(model, "2", features(), preserve_root=preserve_root)
     assert calls == [], "a hook ran while the model was cut"
-    ticket(features()).sum().backward()
+    ticket(features().requires_grad_()).sum().backward()
     told = [str(warning.message) for warning in caught]
     assert len(calls) == 1 or any("hook" in message for message in told)

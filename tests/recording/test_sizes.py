@@ -22,6 +22,7 @@ import blockprune
 from blockprune.errors import TraceError
 from tests.recording.law import Trial, right, right_or_refused, right_where
 from tests.recording.nets import (
+    HOSTS,
     WIDTH,
     Act,
     Block,
@@ -90,7 +91,11 @@ def powers(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def count_of_elements(x: Tensor, mask: Tensor) -> Tensor:
-    return x * (x.numel() / (mask.shape.numel() + x[0].nelement()))
+    return x * (x.numel() / (mask.numel() + x[0].nelement()))
+
+
+def count_of_a_shape(x: Tensor, mask: Tensor) -> Tensor:
+    return x / mask.shape.numel()
 
 
 def halves(x: Tensor, mask: Tensor) -> Tensor:
@@ -597,6 +602,7 @@ QUESTIONS: list[Act] = [
     index_of_a_list,
     index_of_an_array,
     as_an_int,
+    count_of_a_shape,
     as_a_float,
     as_an_index,
     as_a_truth,
@@ -680,11 +686,25 @@ def test_an_example_that_is_answered_no(act: Act, host: Host) -> None:
 
 
 @on_hosts(
-    [in_a_set, key_of_a_dict, formatted, length_of_the_batch, parity, match_of_a_shape, recurrent],
+    [in_a_set, key_of_a_dict, formatted, length_of_the_batch, parity, match_of_a_shape],
     *("removed", "child", "root", "kept_root"),
 )
 def test_a_question_elsewhere(act: Act, host: Host) -> None:
     hold(act, host, TRIALS, demand="right_or_refused")
+
+
+@pytest.mark.parametrize("host", ["removed", "child", "root", "kept_root"])
+def test_a_recurrence_elsewhere(host: str) -> None:
+    """It adds tensors of one shape, so that it is looked into and its length guarded."""
+    where = HOSTS[host]
+    right_or_refused(
+        where.build(recurrent),
+        (features(), ones()),
+        TRIALS,
+        cut=where.cut,
+        zero=f"{where.cut}.f",
+        preserve_root=where.preserve_root,
+    )
 
 
 def test_blocks_that_ask_are_found() -> None:
