@@ -320,21 +320,25 @@ def test_a_module_around_no_ticket_has_no_plan(around: nn.Module, tmp_path: Path
         blockprune.plan_of(both)
 
 
-@pytest.mark.parametrize("place", ["", "layer1"])
-def test_blocks_are_not_cut_out_of_what_was_compiled(place: str) -> None:
-    inputs, dense = MODELS["resnet"][1](), copy.deepcopy(_dense("resnet"))
-    compiled = torch.compile(dense.get_submodule(place), backend="eager")
-    if place:
-        setattr(dense, place, compiled)
-    model = dense if place else compiled
-    found = blockprune.find_blocks(model, inputs).names
-    inside, outside = found[0], [name for name in found if place and place not in name]
+def test_blocks_beside_a_compiled_part_are_found() -> None:
+    inputs, model = MODELS["resnet"][1](), copy.deepcopy(_dense("resnet"))
+    model.layer1 = torch.compile(model.layer1, backend="eager")
+    analysis = blockprune.find_blocks(model, inputs)
+    assert analysis.names == ("layer2.1", "layer3.1", "layer4.1")
+    assert [r.detail for r in analysis.rejections if r.name == "layer1"] == [
+        "it was compiled, so nothing inside can be seen: cut before you compile"
+    ]
+    ticket = blockprune.remove_blocks(model, "layer3.1", inputs)
+    assert blockprune.plan_of(ticket).remove == ("layer3.1",)
+
+
+def test_blocks_are_not_cut_out_of_what_was_compiled() -> None:
+    inputs = MODELS["resnet"][1]()
+    model = torch.compile(copy.deepcopy(_dense("resnet")), backend="eager")
+    inside = blockprune.find_blocks(model, inputs).names[0]
     assert "_orig_mod" in inside
     with pytest.raises(blockprune.TraceError, match=r"what torch\.compile returned"):
         blockprune.remove_blocks(model, inside, inputs)
-    for name in outside[:1]:
-        ticket = blockprune.remove_blocks(model, name, inputs)
-        assert blockprune.plan_of(ticket).remove == (name,)
     again = torch.compile(copy.deepcopy(_ticket("resnet")), backend="eager")
     left = blockprune.find_blocks(again, inputs).names
     with pytest.raises(blockprune.TraceError, match=r"the model is what torch\.compile"):

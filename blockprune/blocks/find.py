@@ -29,7 +29,7 @@ from blockprune.blocks.types import (
 )
 from blockprune.errors import PlanError
 from blockprune.granularity import GRANULARITIES, Granularity
-from blockprune.tracing import NOT_EXECUTED, LeafModules, TracedModel, trace_model
+from blockprune.tracing import COMPILED, NOT_EXECUTED, LeafModules, TracedModel, trace_model
 
 __all__ = ["find_blocks"]
 
@@ -220,12 +220,12 @@ def _rejections(refused: Mapping[str, tuple[Flow, Refusal]]) -> list[Rejection]:
 def _opaque(traced: TracedModel) -> list[Rejection]:
     """Report the opaque modules that could hide a block.
 
-    These have parameters, and either add tensors of one shape or were never run.
+    These have parameters, and add tensors of one shape, or were never run, or cannot be seen.
     """
     return [
         Rejection(path or type(traced.root).__name__, Reason.OPAQUE, reason)
         for path, reason in traced.opaque.items()
-        if (path in traced.may_merge or reason == NOT_EXECUTED)
+        if (path in traced.may_merge or reason in (COMPILED, NOT_EXECUTED))
         and next(traced.root.get_submodule(path).parameters(), None) is not None
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from blockprune.tracing import GUARDS, Region, TensorFact, holds_tensor
+from blockprune.tracing import GUARDS, Place, Region, TensorFact, holds_tensor
 
 __all__ = ["Call", "Flow", "input_of", "owner_call"]
 
@@ -47,11 +47,11 @@ class Flow:
         self.index: dict[fx.Node, int] = {}
         self.sources: dict[fx.Node, list[fx.Node]] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = {}
-        self._writers: dict[tuple[str, int], list[int]] = {}
+        self._writers: dict[Place, list[int]] = {}
         self._carries: dict[fx.Node, bool] = {}
         self._activations: set[fx.Node] = set()
         facts = region.facts
-        last_writer: dict[tuple[str, int], fx.Node] = {}
+        last_writer: dict[Place, fx.Node] = {}
         for position, node in enumerate(self.nodes):
             self.index[node] = position
             self._carries[node] = holds_tensor(facts.values[node], TensorFact)
@@ -161,12 +161,12 @@ class Flow:
 
     # --- memory ---------------------------------------------------------------------------------
 
-    def storages(self, node: fx.Node) -> frozenset[tuple[str, int]]:
+    def storages(self, node: fx.Node) -> frozenset[Place]:
         """Return the memory that the value of `node` lies in."""
         return self.region.facts.storages[node]
 
     def writers_after(
-        self, storages: Iterable[tuple[str, int]], after: int, before: int | None = None
+        self, storages: Iterable[Place], after: int, before: int | None = None
     ) -> Iterator[int]:
         """Yield positions of nodes in (after, before) that write into any of `storages`."""
         for storage in storages:

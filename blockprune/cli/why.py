@@ -8,7 +8,7 @@ from typing import Any
 
 from blockprune.blocks import BlockAnalysis, Reason
 from blockprune.cli.output import plural, print_line, print_wrapped
-from blockprune.tracing import NOT_EXECUTED
+from blockprune.tracing import COMPILED, NOT_EXECUTED
 from blockprune.tracing.advice import advice
 
 __all__ = ["has_more_to_say", "leaves_as_json", "print_why", "traced_as_json"]
@@ -29,7 +29,7 @@ class Leaf:
     @property
     def may_hide_blocks(self) -> bool:
         """Whether a residual block can be in its own code."""
-        return self.may_merge or self.reason == NOT_EXECUTED
+        return self.may_merge or self.reason in (COMPILED, NOT_EXECUTED)
 
 
 def has_more_to_say(analysis: BlockAnalysis) -> bool:

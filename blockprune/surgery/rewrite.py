@@ -23,7 +23,7 @@ from torch import fx
 
 from blockprune.blocks import Cut, Cuts, Flow, carry_name, cut_together, still_added
 from blockprune.surgery.graph_module import GONE_KEY
-from blockprune.tracing import copy_graph
+from blockprune.tracing import Place, copy_graph
 
 __all__ = ["reference_graph", "ticket_graph"]
 
@@ -58,8 +58,8 @@ def ticket_graph(flow: Flow, cuts: Sequence[Cut], all_cuts: Cuts) -> fx.Graph:
     dead = flow.dead_without(replaced)
     merges = {top.merge for top in tops}
     stands_for: dict[fx.Node, fx.Node] = {}
-    memory: dict[fx.Node, frozenset[tuple[str, int]]] = {}
-    handed_out: frozenset[tuple[str, int]] = frozenset()
+    memory: dict[fx.Node, frozenset[Place]] = {}
+    handed_out: frozenset[Place] = frozenset()
     for node in sorted(replaced, key=flow.index.__getitem__):
         source = replaced[node]
         value = stands_for.get(source, twins.get(source))
@@ -112,7 +112,7 @@ def _needs_own_memory(
     flow: Flow,
     merge: fx.Node,
     shortcut: fx.Node,
-    memory: frozenset[tuple[str, int]],
+    memory: frozenset[Place],
     dead: set[fx.Node],
 ) -> bool:
     if flow.storages(merge) & flow.storages(shortcut):
@@ -125,7 +125,7 @@ def _needs_own_memory(
     return any(writer not in gone for writer in writers)
 
 
-def _leaves_region(flow: Flow, node: fx.Node, memory: frozenset[tuple[str, int]]) -> bool:
+def _leaves_region(flow: Flow, node: fx.Node, memory: frozenset[Place]) -> bool:
     """Return whether a region returns what was memory of its own, and is not.
 
     A dropped activation may leave it as well as a merge.
@@ -136,7 +136,7 @@ def _leaves_region(flow: Flow, node: fx.Node, memory: frozenset[tuple[str, int]]
     return any(flow.storages(node) & flow.storages(one) for one in output.all_input_nodes)
 
 
-def _is_seen(flow: Flow, memory: frozenset[tuple[str, int]], dead: set[fx.Node]) -> bool:
+def _is_seen(flow: Flow, memory: frozenset[Place], dead: set[fx.Node]) -> bool:
     """Return whether anyone but who is given what leaves the region may see into `memory`."""
     if flow.region.path:
         return True

@@ -10,15 +10,23 @@ from blockprune.tracing.copying import (
     isolated,
     structural_copy,
 )
-from blockprune.tracing.facts import Facts
+from blockprune.tracing.facts import Facts, Place
 from blockprune.tracing.guards import GUARDS
 from blockprune.tracing.interpreting import CallInterpreter, bound_values
 from blockprune.tracing.placing import Followed, assemble
-from blockprune.tracing.regions import NOT_EXECUTED, LeafModules, Region, TracedModel, trace_model
+from blockprune.tracing.regions import (
+    COMPILED,
+    NOT_EXECUTED,
+    LeafModules,
+    Region,
+    TracedModel,
+    trace_model,
+)
 from blockprune.tracing.state import surroundings_kept
 from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
 
 __all__ = [
+    "COMPILED",
     "GUARDS",
     "NOT_EXECUTED",
     "Call",
@@ -26,6 +34,7 @@ __all__ = [
     "Facts",
     "Followed",
     "LeafModules",
+    "Place",
     "Region",
     "TensorFact",
     "TracedModel",

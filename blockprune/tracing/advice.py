@@ -16,6 +16,11 @@ _ADVICE = (
         r"^not executed by",
         "Pass example_inputs (--input-shape) that reach it, or build the model without it.",
     ),
+    (r"^it was compiled", "Pass the module that it was made from, and compile the ticket."),
+    (
+        r"of which a graph knows nothing",
+        "Hand the object on to a module of its own that uses it, which is then called as it is.",
+    ),
     (r"^asked for by leaf_modules", "Leave it out of leaf_modules to have it looked into."),
     (
         r"^called with different constant|^does something else at another place",

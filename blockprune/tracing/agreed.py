@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Agreement:
 
     def __init__(self, runs: Runs, module: nn.Module, path: str, called: dict[str, str]) -> None:
         self.runs, self.module, self.path, self.called = runs, module, path, called
+        self.shared = runs.shared_names(path)
         self.main = self._lines(runs.main, 0)
         self.twins: list[tuple[Run, Lines, dict[int, int]]] = []
         self.checks: dict[int, list[Check]] = {}
@@ -120,7 +121,7 @@ class Agreement:
         bindings = self._bindings(top)
         while True:
             try:
-                return Lines(top, bindings, self.called)
+                return Lines(top, bindings, self.called, self.shared)
             except Unresolved as error:
                 self._call(error.path, str(error))
 
@@ -169,6 +170,12 @@ class Agreement:
 
     def _can_be_called(self, path: str) -> bool:
         return path != self.path and path not in self.runs.merging and path not in self.called
+
+    def _is_layer(self, path: str) -> bool:
+        """Whether a module is one of a list and has merges inside, so that it may go as a whole."""
+        around = self.runs.root.get_submodule(path.rpartition(".")[0])
+        is_listed = isinstance(around, nn.ModuleList | nn.Sequential)
+        return is_listed and any(inner.startswith(f"{path}.") for inner in self.runs.merging)
 
     def _compare_calls(self, index: int) -> None:
         """Refuse a module that does something else at its other calls."""
@@ -239,7 +246,9 @@ class Agreement:
             culprits, _, _, bound = self._differences(run, _dtype, loose=loose)
         except TraceError:
             return False
-        callable_ones = [path for path in culprits if self._can_be_called(path)]
+        callable_ones = [
+            path for path in culprits if self._can_be_called(path) and not self._is_layer(path)
+        ]
         for path in callable_ones:
             self.called[path] = f"its forward does something else under {run.name}"
         if callable_ones:
@@ -410,17 +419,27 @@ class Agreement:
         """Free the flags and Nones that a part of the model only hands on to modules it calls.
 
         A user calls the root as the example does; code around an inner module may vary its call.
+
+        Raises:
+            TraceError: an object, such as a cache, is more than handed on.
         """
-        bindings = self._bindings(self.main.top) if self.path else []
-        for binding in bindings:
-            may_be_free = binding.is_constant and isinstance(binding.value, bool | None)
-            if may_be_free and self._frees(binding) is None:
+        for binding in _each(self._bindings(self.main.top)):
+            kind = binding.value.fact if isinstance(binding.value, Known) else None
+            if isinstance(kind, str):
+                other: Any = object()
+            elif self.path and binding.is_constant and isinstance(binding.value, bool | None):
+                other = torch.zeros(()) if binding.value is None else not binding.value
+            else:
+                continue
+            is_free = self._frees(binding, other)
+            if is_free is None:
                 return False
+            if isinstance(kind, str) and not is_free:
+                raise TraceError(f"uses a {kind}, of which a graph knows nothing")
         return True
 
-    def _frees(self, binding: Binding) -> bool | None:
+    def _frees(self, binding: Binding, other: Any) -> bool | None:
         """Whether an argument is only handed on; None where modules have to be called first."""
-        other: Any = torch.zeros(()) if binding.value is None else not binding.value
         call, called = _with(self.main.top, binding, other), self.called
         try:
             run = self.runs.of_part(self.path, call, called, self.main.top)
@@ -537,6 +556,18 @@ def _refs_of(values: Iterable[Any]) -> list[Ref]:
 
     mapped(list(values), note)
     return found
+
+
+def _each(bindings: Iterable[Binding]) -> Iterator[Binding]:
+    """Yield the bindings, and one for each argument among `**kwargs`."""
+    for binding in bindings:
+        if binding.kind is inspect.Parameter.VAR_KEYWORD:
+            for name, value in binding.value.items():
+                yield dataclasses.replace(
+                    binding, name=name, value=value, given="keyword", is_constant=False
+                )
+        else:
+            yield binding
 
 
 def _with(top: Invocation, binding: Binding, value: Any) -> Call:

@@ -133,15 +133,20 @@ class Lines:
         top: the invocation.
         bindings: its arguments, holding `Known`s.
         called: whether the module at a path is called and not looked into.
+        shared: names, within the module, of what is recorded under a name elsewhere.
 
     Raises:
         Unresolved: names the module that uses a value from elsewhere.
     """
 
     def __init__(
-        self, top: Invocation, bindings: Collection[Binding], called: Collection[str]
+        self,
+        top: Invocation,
+        bindings: Collection[Binding],
+        called: Collection[str],
+        shared: Mapping[str, str],
     ) -> None:
-        self.top, self.called = top, called
+        self.top, self.called, self.shared = top, called, shared
         self.lines: list[Line] = []
         self.arguments = {binding.name: binding.value for binding in bindings}
         self._attributes: dict[str, Known] = {}
@@ -195,7 +200,10 @@ class Lines:
 
     def relative(self, name: str) -> str:
         """Return the name within the module of a qualified one."""
-        return name.removeprefix(self._prefix)
+        return self.shared.get(name) or name.removeprefix(self._prefix)
+
+    def _holds(self, name: str) -> bool:
+        return name in self.shared or name.startswith(self._prefix)
 
     def _add(self, line: Line) -> None:
         line.args = self._refer(line.event.args, line.path)
@@ -233,7 +241,7 @@ class Lines:
         if id(known) in self._places:
             return self._places[id(known)]
         for origin, _ in known.origins:
-            if isinstance(origin, Attribute) and origin.name.startswith(self._prefix):
+            if isinstance(origin, Attribute) and self._holds(origin.name):
                 self._attributes[self.relative(origin.name)] = known
                 return Ref(self.relative(origin.name))
         return None if known.same_as is None else self.find_before(line, known.same_as)

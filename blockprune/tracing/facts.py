@@ -21,7 +21,10 @@ from blockprune.tracing.copying import structural_copy
 from blockprune.tracing.interpreting import CallInterpreter
 from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
 
-__all__ = ["Facts", "gather_facts"]
+__all__ = ["Facts", "Place", "gather_facts"]
+
+Place = tuple[Any, int]
+"""A storage: the run that it was seen in, and its number there."""
 
 
 @dataclasses.dataclass
@@ -39,8 +42,8 @@ class Facts:
 
     values: dict[fx.Node, Any] = dataclasses.field(default_factory=dict)
     elsewhere: dict[fx.Node, list[Any]] = dataclasses.field(default_factory=dict)
-    storages: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
-    written: dict[fx.Node, frozenset[tuple[str, int]]] = dataclasses.field(default_factory=dict)
+    storages: dict[fx.Node, frozenset[Place]] = dataclasses.field(default_factory=dict)
+    written: dict[fx.Node, frozenset[Place]] = dataclasses.field(default_factory=dict)
     stand_ins: dict[fx.Node, fx.Node | None] = dataclasses.field(default_factory=dict)
 
 
@@ -116,7 +119,7 @@ class _Observer(CallInterpreter):
                 if self.env[argument] is value and not written:
                     self.facts.stand_ins[item] = argument
 
-    def _storages(self, tensors: list[Tensor]) -> frozenset[tuple[str, int]]:
+    def _storages(self, tensors: list[Tensor]) -> frozenset[Place]:
         found = []
         for tensor in tensors:
             try:

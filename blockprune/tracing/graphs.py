@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from blockprune.errors import TraceError
 from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, mapped
 from blockprune.tracing.calls import Binding, is_constant
-from blockprune.tracing.facts import Facts
+from blockprune.tracing.facts import Facts, Place
 from blockprune.tracing.guards import (
     InMode,
     WithoutGrad,
@@ -28,6 +28,7 @@ from blockprune.tracing.sizes import same_size
 
 __all__ = ["ByMode", "Check", "Finfo", "Flag", "Setting", "drop_unused", "graph_of"]
 
+_OURS = "eval", -1
 _STARS: dict[Any, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
     inspect.Parameter.VAR_KEYWORD: "**",
@@ -390,7 +391,7 @@ class _Writer:
         for mode, value in (("eval", in_eval), ("train", in_train)):
             if value is not None:
                 found = self.facts.storages.get(value, frozenset())
-                self.facts.storages[node] |= {place for place in found if place[0] == mode}
+                self.facts.storages[node] |= {place for place in found if place[0][0] == mode}
         if in_eval is not None:
             self.facts.values[node] = self.facts.values[in_eval]
             self.facts.elsewhere[node] = self.facts.elsewhere.get(in_eval, [])
@@ -416,11 +417,12 @@ class _Writer:
             return
         facts, found = self.facts, self.lines.value(source, keys)
         facts.values[node] = mapped(found, _fact)
-        facts.storages[node] = _tagged("eval", _memory(found))
+        facts.storages[node] = _tagged(_OURS, _memory(found))
         event = self.lines.lines[source].event if isinstance(source, int) else None
-        facts.written[node] = _tagged("eval", event.written) if event and not keys else frozenset()
+        facts.written[node] = _tagged(_OURS, event.written) if event and not keys else frozenset()
         passed = [found]
-        for mode, lines, twins in self.others:
+        for number, (mode, lines, twins) in enumerate(self.others):
+            run = mode, number
             twin = twins.get(source) if isinstance(source, int) else source
             if twin is None or source in self.in_eval:
                 passed.append(None)
@@ -428,10 +430,10 @@ class _Writer:
             other = lines.value(twin, keys)
             passed.append(other)
             facts.elsewhere.setdefault(node, []).append(mapped(other, _fact))
-            facts.storages[node] |= _tagged(mode, _memory(other))
+            facts.storages[node] |= _tagged(run, _memory(other))
             if event and not keys:
                 written = lines.lines[twin].event.written
-                facts.written[node] |= _tagged(mode, written)
+                facts.written[node] |= _tagged(run, written)
         if isinstance(event, Invocation) and keys:
             self._note_stand_in(node, source, passed)
 
@@ -440,8 +442,8 @@ class _Writer:
         found = lines.value(source.number, keys)
         written = lines.lines[source.number].event.written if not keys else frozenset()
         self.facts.values[node] = mapped(found, _fact)
-        self.facts.storages[node] = _tagged(mode, _memory(found))
-        self.facts.written[node] = _tagged(mode, written)
+        self.facts.storages[node] = _tagged((mode, 0), _memory(found))
+        self.facts.written[node] = _tagged((mode, 0), written)
 
     def _note_stand_in(self, item: fx.Node, call: int, values: Sequence[Any]) -> None:
         """Note an item of what a module returns that is its argument in every recording."""
@@ -468,8 +470,8 @@ def _memory(value: Any) -> frozenset[int]:
     return frozenset().union(*(known.memory for known in knowns(value)))
 
 
-def _tagged(mode: str, memory: frozenset[int]) -> frozenset[tuple[str, int]]:
-    return frozenset((mode, number) for number in memory)
+def _tagged(run: tuple[str, int], memory: frozenset[int]) -> frozenset[Place]:
+    return frozenset((run, number) for number in memory)
 
 
 def _flat(value: Any) -> list[Any]:

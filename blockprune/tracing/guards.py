@@ -72,7 +72,8 @@ def expect_size(
         TraceError: it differs.
     """
     # While torch.jit traces, sizes are tensors.
-    if not torch._C._is_tracing() and value != expected:
+    is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not is_tracing and value != expected:
         raise TraceError(
             f"this ticket was cut where {text} is {expected!r}{_listed(known)} and only knows that "
             f"case; got {value!r}{_listed(sizes)}. The forward goes by it"

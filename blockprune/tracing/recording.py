@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -228,7 +229,8 @@ def record(
         state: what Python state to watch.
         keep_output: whether to keep the tensors that are returned.
         path: what the model is called, where it is part of another.
-        replayed: an earlier call of it, whose flags and Nones the leaves are given again.
+        replayed: an earlier call of it, in which the leaves gave what they are to give again; they
+            are not run.
         shared: weights that are not the model's own.
 
     Raises:
@@ -492,9 +494,6 @@ class _Recorder(TorchFunctionMode):
             if not leaf:
                 return None
             self.in_leaf = 1
-            before = self.replayed.get(self.open[-1].key)
-            if before is not None:
-                return _replayed(plain(args), before.args), _replayed(plain(kwargs), before.kwargs)
             return plain(args), plain(kwargs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
@@ -506,10 +505,19 @@ class _Recorder(TorchFunctionMode):
                 self._check_state()
                 return self._close(self.open.pop(), output)
 
+        if leaf and self.replayed:
+            vars(module)["forward"] = functools.partial(self._replay, module)
         # Ours are the outermost, so that hooks of torch's (weight norm) belong to the call.
         before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
         self.handles.append(before(module, enter, prepend=True, with_kwargs=True))
         self.handles.append(after(module, leave, always_call=True))
+
+    def _replay(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Give what a leaf gave, which was called another way."""
+        before = self.replayed.get(self.open[-1].key)
+        if before is None or self.in_leaf > 1:
+            return type(module).forward(module, *args, **kwargs)
+        return _decoded(before.result)
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _note_state(call)
@@ -885,14 +893,22 @@ def _is_product(known: Known) -> bool:
     return isinstance(origin, Step) and getattr(origin.func, "__name__", "") in ("mul", "div")
 
 
-def _replayed(value: Any, before: Any) -> Any:
-    """Return arguments with each flag and None that they had before."""
-    if before is None or type(before) is bool:
-        return before
-    if isinstance(value, tuple | list) and isinstance(before, tuple | list):
-        return type(value)(_replayed(a, b) for a, b in zip(value, before, strict=False))
-    if type(value) is dict and type(before) is dict:
-        return {key: _replayed(item, before.get(key, item)) for key, item in value.items()}
+def _decoded(value: Any) -> Any:
+    """Return an encoded value with tensors that look like those in it; objects are lost."""
+    if isinstance(value, Known):
+        if value.is_tensor:
+            return value.fact.example()
+        return None if isinstance(value.fact, str) else value.fact
+    if isinstance(value, Built):
+        items = {key: _decoded(item) for key, item in value.items.items()}
+        return OrderedDict(items) if value.kind is OrderedDict else value.kind(**items)
+    if isinstance(value, tuple):
+        parts = [_decoded(item) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
     return value
 
 

@@ -34,13 +34,15 @@ from blockprune.tracing.runs import Runs
 from blockprune.tracing.state import surroundings_kept
 from blockprune.tracing.values import tensors_in
 
-__all__ = ["NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"]
+__all__ = ["COMPILED", "NOT_EXECUTED", "LeafModules", "Region", "TracedModel", "trace_model"]
 
 LeafModules = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 """Modules that are not to be looked into: classes, names of classes, patterns of names."""
 
 _STRAY = "replacing this module by its graph changes the output of the model around it"
+COMPILED = "it was compiled, so nothing inside can be seen: cut before you compile"
 _OPERATION = "it has no modules inside and no merge: it is called as it is"
+_COMPILED_KINDS = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
 NOT_EXECUTED = "not executed by the example inputs"
 
 
@@ -236,7 +238,7 @@ class _Walk:
         module = self.root.get_submodule(path)
         if id(module) in self._visited or not _may_hold_blocks(module):
             return
-        if isinstance(module, fx.GraphModule) or path in self.asked:
+        if isinstance(module, (fx.GraphModule, *_COMPILED_KINDS)) or path in self.asked:
             self._try_child(path, order)
             return
         self._visited.add(id(module))
@@ -263,6 +265,8 @@ class _Walk:
         by_path = self.runs.main.by_path
         if path in self.asked:
             self.opaque[path] = self.asked[path]
+        elif isinstance(self.root.get_submodule(path), _COMPILED_KINDS):
+            self.opaque[path] = COMPILED
         elif path in by_path and not self._may_have_graphs(path):
             return
         elif path in by_path:

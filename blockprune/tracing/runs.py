@@ -59,6 +59,7 @@ class Runs:
     def __init__(self, root: nn.Module, call: Call) -> None:
         self.root, self.call = root, call
         self._made: dict[str, Run | None] = {}
+        self._shared: list[list[str]] | None = None
         self.grad = True
         self.main = self._first()
         self.merging = self._merging()
@@ -176,6 +177,26 @@ class Runs:
             train=train,
             convert=lambda model: model.to(dtype),
         )
+
+    def shared_names(self, path: str) -> dict[str, str]:
+        """Return the names, within the module at `path`, of what is recorded under another name."""
+        if self._shared is None:
+            names: dict[int, list[str]] = {}
+            everything = (
+                *self.root.named_modules(remove_duplicate=False),
+                *self.root.named_parameters(remove_duplicate=False),
+                *self.root.named_buffers(remove_duplicate=False),
+            )
+            for name, value in everything:
+                names.setdefault(id(value), []).append(name)
+            self._shared = [several for several in names.values() if len(several) > 1]
+        prefix = f"{path}." if path else ""
+        found = {}
+        for first, *others in self._shared:
+            inner = next((name for name in others if name.startswith(prefix)), None)
+            if inner is not None and not first.startswith(prefix):
+                found[first] = inner.removeprefix(prefix)
+        return found
 
     def of_part(self, path: str, call: Call, called: Collection[str], replayed: Invocation) -> Run:
         """Return the recording of one module, called another way than the model around it does.

@@ -28,6 +28,7 @@ from tests.recording.law import (
     reference,
     right,
     right_or_refused,
+    same,
     untouched,
 )
 from tests.recording.nets import (
@@ -293,6 +294,67 @@ def test_a_block_with_state(kind: type[Stateful]) -> None:
         cut="blocks.1",
         zero="blocks.1.f",
     )
+
+
+class Store:
+    """What a root hands to its layers, which write into it."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def add(self, x: Tensor) -> Tensor:
+        self.kept.append(x.mean(1, keepdim=True))
+        return torch.cat(self.kept, 1)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, store: Store) -> Tensor:
+        seen = store.add(x)
+        return self.f((x @ seen.transpose(1, 2)).softmax(-1) @ seen)
+
+
+class Storing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attending(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, store: Store) -> Tensor:
+        x = x + self.attention(x, store)
+        return x + self.mlp(x)
+
+
+class HasStore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Storing(), Storing()])
+
+    def forward(self, x: Tensor, store: Any = None) -> Any:
+        store = Store() if store is None else store
+        for layer in self.layers:
+            x = layer(x, store)
+        return x, len(store.kept)
+
+
+@pytest.mark.parametrize("preserve_root", [False, True])
+@pytest.mark.parametrize("cut", ["layers.0.mlp", "layers.1.mlp"])
+def test_an_object_is_written_into_by_a_part(cut: str, preserve_root: bool) -> None:
+    """A graph of the layer would read the tensors of the object that it was recorded with."""
+    model = HasStore()
+    ticket = blockprune.remove_blocks(model, cut, features(), preserve_root=preserve_root)
+    expected = reference(model, cut)
+    for net in (ticket, expected):
+        net.store = Store()
+    for _ in range(3):
+        (found, count), (wanted, number) = ticket(features(3)), expected(features(3))
+        same(found, wanted)
+        assert count == number
+        found, wanted = ticket(features(3), ticket.store), expected(features(3), expected.store)
+        same(found[0], wanted[0])
+        assert found[1] == wanted[1]
 
 
 @pytest.mark.parametrize("kind", STATEFUL, ids=lambda kind: kind.__name__)
