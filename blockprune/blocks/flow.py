@@ -89,17 +89,20 @@ class Flow:
 
     def same_shape(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether both compute one tensor each, of the same shape at every batch size seen."""
+        return self.unlike_shapes(a, b) is None
+
+    def unlike_shapes(self, a: fx.Node, b: fx.Node) -> tuple[Any, Any] | None:
+        """Return the shapes of two values where they were first seen to differ, or None."""
         elsewhere = self.region.facts.elsewhere
         seen = [
             (self.fact(a), self.fact(b)),
             *zip(elsewhere.get(a, ()), elsewhere.get(b, ()), strict=False),
         ]
-        return all(
-            isinstance(first, TensorFact)
-            and isinstance(second, TensorFact)
-            and first.shape == second.shape
-            for first, second in seen
-        )
+        for first, second in seen:
+            shapes = getattr(first, "shape", None), getattr(second, "shape", None)
+            if shapes[0] is None or shapes[0] != shapes[1]:
+                return shapes
+        return None
 
     def same_kind(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether both compute one tensor each, of the same shape, dtype and device."""

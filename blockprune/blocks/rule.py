@@ -281,8 +281,9 @@ def _unfit(branch: Branch, flow: Flow) -> Refusal | None:
     before, after = flow.fact(shortcut), flow.fact(merge)
     assert before is not None
     assert after is not None
-    if not flow.same_shape(shortcut, merge):
-        found = f"the shortcut has shape {before.shape}, the merge {after.shape}"
+    unlike = flow.unlike_shapes(shortcut, merge)
+    if unlike is not None:
+        found = "the shortcut has shape {}, the merge {}".format(*unlike)
         return Refusal(merge, Reason.SHAPE_CHANGE, found, branch)
     if before.dtype != after.dtype:
         found = f"the shortcut is {before.dtype}, the merge {after.dtype}"
@@ -346,12 +347,10 @@ def _explain(merge: Merge, flow: Flow) -> Refusal:
             f"the shortcut goes through {_names(path, flow)}, which has parameters",
         )
     before, after = flow.fact(ancestor), flow.fact(operand)
-    if before is not None and after is not None and not flow.same_shape(ancestor, operand):
-        return Refusal(
-            node,
-            Reason.SHAPE_CHANGE,
-            f"the shortcut goes from {before.shape} to {after.shape} ({_names(path, flow)})",
-        )
+    unlike = flow.unlike_shapes(ancestor, operand)
+    if before is not None and after is not None and unlike is not None:
+        found = "the shortcut goes from {} to {}".format(*unlike)
+        return Refusal(node, Reason.SHAPE_CHANGE, f"{found} ({_names(path, flow)})")
     return Refusal(
         node,
         Reason.INDEPENDENT_OPERANDS,

@@ -142,6 +142,8 @@ def _effect(leaf: Leaf, regions: Mapping[str, set[str]]) -> str:
     """Say what of the model is not seen, and what inside the leaf is."""
     if leaf.reason == NOT_EXECUTED:
         own = "A block may hide here: nothing in it was run."
+    elif leaf.reason == COMPILED:
+        own = "A block may hide here: its own code cannot be seen."
     elif leaf.may_merge:
         own = "A block may hide here: its own code adds tensors of one shape."
     else:

@@ -132,7 +132,7 @@ def expect_dtype(value: Tensor, allowed: Collection[torch.dtype], line: str) -> 
         TraceError: it is of another.
     """
     if value.dtype not in allowed:
-        names = ", ".join(map(str, allowed))
+        names = " or ".join(map(str, allowed))
         raise TraceError(
             f"this ticket was cut where a tensor is {names} and only knows that case; got "
             f"{value.dtype}. The forward asks for it at {line}. Cut it again from a model, and "
