@@ -44,7 +44,7 @@ from blockprune.tracing.guards import (
     expect_state,
 )
 from blockprune.tracing.places import module_of
-from blockprune.tracing.recording import Invocation, Known, Step, knowns
+from blockprune.tracing.recorded import Invocation, Known, Step, knowns
 from blockprune.tracing.runs import DTYPES, Run, Runs
 
 __all__ = ["Agreement"]

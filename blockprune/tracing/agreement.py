@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.tracing.calls import Binding
-from blockprune.tracing.recording import Attribute, Built, Field, Invocation, Known, Step
+from blockprune.tracing.recorded import Attribute, Built, Field, Invocation, Known, Step
 
 __all__ = [
     "Bound",

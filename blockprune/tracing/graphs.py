@@ -23,7 +23,7 @@ from blockprune.tracing.guards import (
     expect_constant,
     expect_size,
 )
-from blockprune.tracing.recording import Built, Field, Invocation, Known, Step, knowns
+from blockprune.tracing.recorded import Built, Field, Invocation, Known, Step, knowns
 from blockprune.tracing.sizes import same_size
 
 __all__ = ["ByMode", "Check", "Finfo", "Flag", "Setting", "drop_unused", "graph_of"]

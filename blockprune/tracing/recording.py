@@ -24,183 +24,49 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blockprune.tracing.calls import Call
+from blockprune.tracing.operations import (
+    ADDS,
+    ARGUMENTS_OF_TORCH,
+    CHANGES,
+    DATA,
+    LAYOUTS,
+    LISTS,
+    RANK,
+    STATE_READERS,
+    is_counted,
+    is_operation,
+    is_product,
+    operands_of,
+)
 from blockprune.tracing.places import user_line
+from blockprune.tracing.recorded import (
+    Argument,
+    Attribute,
+    Built,
+    Field,
+    Invocation,
+    Known,
+    Memory,
+    Origin,
+    Recording,
+    Step,
+    decoded,
+    knowns,
+)
 from blockprune.tracing.sizes import SIZES, plain, sized
 from blockprune.tracing.state import State
 from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
 from blockprune.tracing.weights import WritesWeights, weights_protected
 
-__all__ = [
-    "Argument",
-    "Attribute",
-    "Built",
-    "Field",
-    "Invocation",
-    "Known",
-    "Recording",
-    "Step",
-    "is_operation",
-    "knowns",
-    "record",
-]
+__all__ = ["record"]
 
-Memory = frozenset[int]
-"""Storages, by numbers that no two of one recording share."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Attribute:
-    """Where a parameter or buffer comes from: its qualified name in the recorded model."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Argument:
-    """Where an argument of the recorded model comes from: its place in the call."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """A key: the field of a dataclass."""
-
-    name: str
-
-
-Origin = tuple[Any, tuple[Any, ...]]
-"""A step, invocation, attribute or argument, and the keys that lead to an item of its value."""
-
-
-@dataclasses.dataclass(eq=False)
-class Known:
-    """A tensor, size, device or object of the run, and where it can be had from, oldest first.
-
-    Attributes:
-        fact: a `TensorFact`, a number, or the name of the class of an object.
-        memory: the storages that a tensor lies in.
-        active: whether it depends on an argument of the model.
-        counted: whether its shape may depend on the numbers in a tensor.
-        same_as: what an invocation that returned one of its arguments was given.
-    """
-
-    fact: Any = None
-    memory: Memory = frozenset()
-    origins: list[Origin] = dataclasses.field(default_factory=list)
-    active: bool = False
-    counted: bool = False
-    same_as: Known | None = None
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether it is one."""
-        return isinstance(self.fact, TensorFact)
-
-
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """An object that is made anew by calling its class: a dataclass, an output of a library."""
-
-    kind: type
-    items: dict[str, Any]
-
-
-@dataclasses.dataclass(eq=False)
-class _Event:
-    """What a step and an invocation have in common; nested values hold `Known`s.
-
-    Attributes:
-        within: the invocation that it was recorded in.
-        result: what it returned.
-        written: the memory that it wrote into.
-    """
-
-    within: Invocation | None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    result: Any = None
-    written: Memory = frozenset()
-
-
-@dataclasses.dataclass(eq=False)
-class Step(_Event):
-    """A call of a function.
-
-    Attributes:
-        kind: "call", "read" (of a dtype or device), "state" (of grad or autocast is asked for) or
-            "leave" (what `result` is goes out to Python).
-        func: the function, or the name of what is read.
-        text: for messages: what left the record.
-        line: of the user's code, where something left the record.
-        no_grad: whether it ran without gradients where the model around it has them.
-        merges: whether it adds two tensors of one shape that depend on the arguments, and are no
-            whole numbers.
-    """
-
-    kind: str = "call"
-    func: Any = None
-    text: str = ""
-    line: str = ""
-    no_grad: bool = False
-    merges: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class Invocation(_Event):
-    """A call of a module.
-
-    Attributes:
-        path: of the module in the recorded model.
-        key: of the call, `path@k` for a repeated one.
-        kind: class of the module.
-        is_leaf: whether it is one operation whatever happens, and was not looked into.
-        call: the arguments as they were, tensors as `TensorFact`s.
-        events: what was recorded within, in order.
-        given: while it runs, the tensors among its arguments, and their versions.
-        grad, autocast, saving: whether gradients are on where it is called, for which devices
-            autocast is, and the hooks under which autograd saves tensors.
-    """
-
-    path: str = ""
-    key: str = ""
-    kind: type[nn.Module] = nn.Module
-    is_leaf: bool = False
-    call: Call | None = None
-    events: list[Step | Invocation] = dataclasses.field(default_factory=list)
-    given: list[tuple[Tensor, int]] = dataclasses.field(default_factory=list)
-    grad: bool = True
-    autocast: tuple[bool, ...] = ()
-    saving: Any = None
-
-    def invocations(self) -> Iterator[Invocation]:
-        """Yield it, and all within."""
-        yield self
-        for event in self.events:
-            if isinstance(event, Invocation):
-                yield from event.invocations()
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What one run of a model has shown.
-
-    Attributes:
-        top: the call of the model itself.
-        stopped: path of a module to what in its own forward a graph cannot hold.
-        reads: what was read of the surroundings: "dtype", "device", "grad", "autocast".
-        output: the tensors returned, where asked for.
-    """
-
-    top: Invocation
-    stopped: dict[str, str]
-    reads: frozenset[str]
-    output: list[Tensor]
+# As they are before a recorder stands in their place.
+_autocast_enabled = torch.is_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
 
 
 def record(
@@ -245,110 +111,6 @@ def record(
         recorder.close()
     kept = [tensor.detach() for tensor in tensors_in(output)] if keep_output else []
     return Recording(recorder.top, recorder.stopped, frozenset(recorder.reads), kept)
-
-
-def is_operation(module: nn.Module) -> bool:
-    """Whether a module is one operation: called, and never looked into."""
-    if isinstance(module, fx.GraphModule | torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
-        return True
-    # A parametrized module has a class made for it, by torch.
-    kind = parametrize.type_before_parametrizations(module)
-    if not kind.__module__.startswith(("torch.nn", "torch.ao")):
-        return False
-    if isinstance(module, nn.Sequential):
-        # An empty one is a way of writing the identity.
-        return False
-    # A torch.nn class that only arranges others (Sequential, TransformerEncoderLayer) is looked
-    # into; one with weights of its own (Conv2d, MultiheadAttention) is one operation.
-    return not module._modules or bool(module._parameters)
-
-
-# --- what a function is ---------------------------------------------------------------------------
-
-_ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
-_DATA = frozenset(
-    {
-        "__array__",
-        "__bool__",
-        "__complex__",
-        "__contains__",
-        "__float__",
-        "__format__",
-        "__index__",
-        "__int__",
-        "__repr__",
-        "__str__",
-        "allclose",
-        "data_ptr",
-        "equal",
-        "is_nonzero",
-        "item",
-        "numpy",
-        "storage",
-        "tolist",
-        "untyped_storage",
-    }
-)
-"""Functions that hand numbers of a tensor, or its memory, to Python."""
-_COUNTING = frozenset(
-    {
-        "argwhere",
-        "bincount",
-        "masked_select",
-        "nonzero",
-        "repeat_interleave",
-        "unique",
-        "unique_consecutive",
-    }
-)
-"""Functions that return as many numbers as meet a condition."""
-_CHANGES = frozenset(
-    {
-        "__delete__",
-        "__set__",
-        "backward",
-        "detach_",
-        "register_hook",
-        "requires_grad_",
-        "resize_",
-        "retain_grad",
-        "set_",
-    }
-)
-"""Methods that change more of a tensor than its numbers."""
-_ARGUMENTS_OF_TORCH = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    type(Ellipsis),
-)
-_LAYOUTS = frozenset({"is_mkldnn", "is_nested", "is_quantized", "is_sparse", "is_sparse_csr"})
-_LISTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"})
-"""Functions that return as many tensors as a size says."""
-_RANK = frozenset({"dim", "ndim", "ndimension"})
-_STATE_READERS = {
-    "is_grad_enabled": "grad",
-    "is_inference_mode_enabled": "inference",
-    "is_autocast_enabled": "autocast",
-    "is_autocast_cpu_enabled": "autocast",
-    "_is_any_autocast_enabled": "autocast",
-    "get_autocast_dtype": "autocast",
-    "get_autocast_gpu_dtype": "autocast",
-    "get_autocast_cpu_dtype": "autocast",
-}
-
-
-# As they are before a recorder stands in their place.
-_autocast_enabled = torch.is_autocast_enabled
-_grad_enabled = torch.is_grad_enabled
 
 
 class _Recorder(TorchFunctionMode):
@@ -435,7 +197,7 @@ class _Recorder(TorchFunctionMode):
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
                 self._enter(getattr(value, field.name), origin, (*keys, Field(field.name)))
-        elif not isinstance(value, (*_ARGUMENTS_OF_TORCH, nn.Module)) and not callable(value):
+        elif not isinstance(value, (*ARGUMENTS_OF_TORCH, nn.Module)) and not callable(value):
             self._know(value, (origin, keys), active=True)
 
     @contextlib.contextmanager
@@ -443,7 +205,7 @@ class _Recorder(TorchFunctionMode):
         """Note who asks torch for the grad or autocast state."""
         thread, before = threading.get_ident(), []
         for holder in (torch, torch._C):
-            for name, what in _STATE_READERS.items():
+            for name, what in STATE_READERS.items():
                 reader = getattr(holder, name, None)
                 if reader is not None:
                     before.append((holder, name, reader))
@@ -517,7 +279,7 @@ class _Recorder(TorchFunctionMode):
         before = self.replayed.get(self.open[-1].key)
         if before is None or self.in_leaf > 1:
             return type(module).forward(module, *args, **kwargs)
-        return _decoded(before.result)
+        return decoded(before.result)
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _note_state(call)
@@ -560,7 +322,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _CHANGES and args and id(args[0]) in self.shared:
+        if name in CHANGES and args and id(args[0]) in self.shared:
             raise WritesWeights
         if self.in_leaf or self.is_closed:
             return func(*args, **kwargs)
@@ -600,9 +362,9 @@ class _Recorder(TorchFunctionMode):
             self.reads.add("grad")
         elif name in ("grad", "_version"):
             self.stop(f"reads the attribute {name!r} of a tensor")
-        elif name in _RANK:
+        elif name in RANK:
             self._leave_rank(tensor)
-        elif name in _LAYOUTS:
+        elif name in LAYOUTS:
             if any(isinstance(origin, Argument) for origin, _ in self._lookup(tensor).origins):
                 return self.leave(getattr, (tensor, name), value, f"{name} of a tensor")
         elif isinstance(value, bool | int):
@@ -637,12 +399,12 @@ class _Recorder(TorchFunctionMode):
         return torch.Size(items) if name == "size" else tuple(items)
 
     def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in _RANK and args:
+        if name in RANK and args:
             self._leave_rank(args[0])
             return func(*args, **kwargs)
-        if name in _CHANGES:
+        if name in CHANGES:
             self.stop(f"calls {name} on a tensor")
-        if name in _DATA:
+        if name in DATA:
             self.stop(f"reads numbers from a tensor ({name.strip('_')})")
             return func(*plain(args), **plain(kwargs))
         step = self._step(func, args, kwargs)
@@ -678,17 +440,17 @@ class _Recorder(TorchFunctionMode):
                 value = map_tensors(value, lambda t: _alias(t) if id(t) in own else t)
         active = any(known.active for known in knowns((step.args, step.kwargs)))
         self._result(step, value, active)
-        if name in _LISTS and not any(isinstance(a, list | tuple) for a in args):
+        if name in LISTS and not any(isinstance(a, list | tuple) for a in args):
             self.leave(len, (value,), len(value), f"the length of {name}")
-        operands = _operands(args, kwargs)
+        operands = operands_of(args, kwargs)
         step.merges = (
-            name in _ADDS
+            name in ADDS
             and len(operands) == 2
             and operands[0].shape == operands[1].shape
             and (operands[0].is_floating_point() or operands[0].is_complex())
             and all(self._is_activation(operand) for operand in operands)
             # A sum of two products, as in rotary embeddings, has no identity shortcut.
-            and not all(_is_product(self._lookup(operand)) for operand in operands)
+            and not all(is_product(self._lookup(operand)) for operand in operands)
         )
         return value
 
@@ -704,7 +466,7 @@ class _Recorder(TorchFunctionMode):
 
     def _result(self, event: Step | Invocation, value: Any, active: bool) -> None:
         """Make known what a step or an invocation has returned."""
-        counted = _is_counted(event)
+        counted = is_counted(event)
 
         def walk(item: Any, keys: tuple[Any, ...]) -> None:
             if isinstance(item, Tensor):
@@ -736,7 +498,7 @@ class _Recorder(TorchFunctionMode):
         return self._sized(value, text, (step, ()))
 
     def _sized(self, value: Any, text: str, origin: Origin) -> Any:
-        known = Known(value, origins=[origin], active=True, counted=_is_counted(origin[0]))
+        known = Known(value, origins=[origin], active=True, counted=is_counted(origin[0]))
         return sized(value, text, known, self)
 
     def leave(
@@ -752,7 +514,7 @@ class _Recorder(TorchFunctionMode):
         step = Step(self.open[-1], self._encode(args), self._encode(kwargs or {}), kind="leave")
         step.func, step.result, step.text, step.line = func, value, text, user_line()
         self.open[-1].events.append(step)
-        if _is_counted(step) and func is not torch.Tensor.dim:
+        if is_counted(step) and func is not torch.Tensor.dim:
             self.stop("goes by how many numbers of a tensor meet a condition")
         return value
 
@@ -814,7 +576,7 @@ class _Recorder(TorchFunctionMode):
             return self._lookup(value)
         if kind in SIZES:
             return value.known
-        if kind is torch.device or not isinstance(value, _ARGUMENTS_OF_TORCH):
+        if kind is torch.device or not isinstance(value, ARGUMENTS_OF_TORCH):
             found = self.known.get(id(value))
             if found is not None:
                 return found
@@ -831,7 +593,7 @@ class _Recorder(TorchFunctionMode):
             return Built(OrderedDict, {key: self._encode(item) for key, item in value.items()})
         if kind is slice:
             return slice(*map(self._encode, (value.start, value.stop, value.step)))
-        if isinstance(value, _ARGUMENTS_OF_TORCH):
+        if isinstance(value, ARGUMENTS_OF_TORCH):
             return value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             if isinstance(value, dict):
@@ -856,64 +618,6 @@ class _Recorder(TorchFunctionMode):
                 self.numbers[storage._cdata] = len(self.numbers)
             found.add(self.numbers[storage._cdata])
         return frozenset(found)
-
-
-def knowns(value: Any) -> Iterator[Known]:
-    """Yield the `Known`s in an encoded value."""
-    if isinstance(value, Known):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from knowns(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from knowns(item)
-    elif isinstance(value, Built):
-        yield from knowns(value.items)
-    elif isinstance(value, slice):
-        yield from knowns((value.start, value.stop, value.step))
-
-
-def _is_counted(event: Step | Invocation) -> bool:
-    """Whether the shape of a result may depend on the numbers in a tensor."""
-    if isinstance(event, Step) and event.kind == "call":
-        name = getattr(event.func, "__name__", "")
-        if name in _COUNTING or (name == "where" and len(event.args) == 1):
-            return True
-        if name == "__getitem__" and any(
-            isinstance(known.fact, TensorFact) and known.fact.dtype in (torch.bool, torch.uint8)
-            for known in knowns(event.args[1:])
-        ):
-            return True
-    return any(known.counted for known in knowns((event.args, event.kwargs)))
-
-
-def _is_product(known: Known) -> bool:
-    origin = known.origins[-1][0] if known.origins else None
-    return isinstance(origin, Step) and getattr(origin.func, "__name__", "") in ("mul", "div")
-
-
-def _decoded(value: Any) -> Any:
-    """Return an encoded value with tensors that look like those in it; objects are lost."""
-    if isinstance(value, Known):
-        if value.is_tensor:
-            return value.fact.example()
-        return None if isinstance(value.fact, str) else value.fact
-    if isinstance(value, Built):
-        items = {key: _decoded(item) for key, item in value.items.items()}
-        return OrderedDict(items) if value.kind is OrderedDict else value.kind(**items)
-    if isinstance(value, tuple):
-        parts = [_decoded(item) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _decoded(item) for key, item in value.items()}
-    return value
-
-
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:2]
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from blockprune.tracing.copying import (
     structural_copy,
     writes_weights,
 )
-from blockprune.tracing.recording import Invocation, Recording, Step, record
+from blockprune.tracing.recorded import Invocation, Recording, Step
+from blockprune.tracing.recording import record
 from blockprune.tracing.state import State
 from blockprune.tracing.values import TensorFact, tensors_in
 from blockprune.tracing.weights import WritesWeights
