@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blockprune.tracing.calls import Call
+from blockprune.tracing.leaks import clear_caches
 from blockprune.tracing.operations import (
     ADDS,
     ARGUMENTS_OF_TORCH,
@@ -142,6 +143,8 @@ class _Recorder(TorchFunctionMode):
         self.shared: set[int] = set()
         self.in_leaf = 0
         self.is_closed = False
+        # Whether a size was a key of something.
+        self.are_sizes_kept = False
         self.no_grad: list[bool] = []
         self.handles: list[Any] = []
 
@@ -167,6 +170,8 @@ class _Recorder(TorchFunctionMode):
     def close(self) -> None:
         """Take the hooks off, and let go of everything that was held."""
         self.is_closed = True
+        if self.are_sizes_kept:
+            clear_caches()
         for handle in self.handles:
             handle.remove()
         self.held.clear()

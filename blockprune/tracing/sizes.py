@@ -21,6 +21,8 @@ __all__ = ["SIZES", "SizeFloat", "SizeInt", "plain", "same_size", "sized"]
 
 
 class _Recorder(Protocol):
+    are_sizes_kept: bool
+
     def compute(
         self, func: Callable[..., Any], args: tuple[Any, ...], value: Any, text: str
     ) -> Any:
@@ -104,6 +106,7 @@ class _Size:
         return bool(self._leave(bool, "bool({})"))
 
     def __hash__(self) -> int:
+        self.recorder.are_sizes_kept = True
         return hash(self._leave(same_size, "{}"))
 
     def __round__(self, digits: int | None = None) -> Any:

@@ -791,3 +791,50 @@ def test_an_input_without_a_batch(preserve_root: bool) -> None:
         zero="net.blocks.1.f",
         preserve_root=preserve_root,
     )
+
+
+class Halves:
+    """A library: how it splits a length it keeps in a cache, which the model does not see."""
+
+    @staticmethod
+    @functools.lru_cache(maxsize=8)
+    def of(n: int) -> tuple[int, int]:
+        return n // 2, n - n // 2
+
+    @staticmethod
+    @functools.cache
+    def listed(n: int, *, of: str) -> list[int]:
+        return [n - 1, n]
+
+
+LIBRARY: list[Any] = [Halves]
+
+
+class Turning(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = LIBRARY[0].of(x.shape[1])
+        last = LIBRARY[0].listed(x.shape[1], of="tokens")[1]
+        turned = torch.cat([x[:, second:last], x[:, :second]], 1)
+        return self.f(turned.reshape(len(x), first + second, -1))
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = Turning()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.g(x)
+
+
+def test_no_size_stays_in_a_cache_of_a_library() -> None:
+    model = nn.Sequential(Turned(), Turned())
+    assert blockprune.find_blocks(model, features()).names == ("0", "1")
+    assert [type(n) for n in (*Halves.of(5), *Halves.listed(5, of="tokens"))] == [int] * 4
+    for x in (features(), features(3, 4)):
+        assert model(x).shape == x.shape
+    right(model, features(), [Trial(features(3, 4)), Trial(features())], cut="1", zero="1.g.f")
