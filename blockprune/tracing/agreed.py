@@ -53,6 +53,10 @@ _FINFO = ("min", "max", "eps", "tiny", "smallest_normal")
 _MODE = "its forward does something else in train mode than in eval mode, or at another batch size"
 
 
+class _MoreCalled(Exception):
+    """Another recording cannot be put in lines as long as a module is looked into."""
+
+
 class Agreement:
     """Makes the graph of the module at `path`.
 
@@ -82,7 +86,7 @@ class Agreement:
             TraceError: says why the forward of the module itself has no graph.
         """
         while not self._settled():
-            self.main = self._lines(self.runs.main, 0)
+            pass
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
         self._check_ranks()
         self._check_given()
@@ -97,6 +101,14 @@ class Agreement:
         return graph_of(self.main, bindings, self.checks, others, self.forks)
 
     def _settled(self) -> bool:
+        """Put the recordings in lines, and compare; whether no more modules have to be called."""
+        self.main = self._lines(self.runs.main, 0)
+        try:
+            return self._agrees()
+        except _MoreCalled:
+            return False
+
+    def _agrees(self) -> bool:
         """Compare all recordings; whether no more modules have to be called."""
         known = len(self.called)
         self.twins, self.checks, self.bound, self.free = [], {}, {}, set()
@@ -124,6 +136,8 @@ class Agreement:
                 return Lines(top, bindings, self.called, self.shared)
             except Unresolved as error:
                 self._call(error.path, str(error))
+                if run is not self.runs.main:
+                    raise _MoreCalled from error
 
     def _bindings(self, top: Invocation) -> list[Binding]:
         return bind(self.module, Call(top.args, top.kwargs))
@@ -151,7 +165,8 @@ class Agreement:
         A branch that needs one of them (attention, and not its weights) could not go else.
         """
         for call in self.runs.main.by_path[path]:
-            returned = {id(known) for known in knowns(call.result) if known.is_tensor}
+            found = (known for known in knowns(call.result) if known.is_tensor)
+            returned = {id(known) for known in found if known.same_as is None}
             if len(returned) > 1 and len(returned & self._used_outside(call)) > 1:
                 return True
         return False
@@ -444,6 +459,8 @@ class Agreement:
         try:
             run = self.runs.of_part(self.path, call, called, self.main.top)
             culprits, _, _, bound = self._differences(run, _handed_on(binding))
+        except _MoreCalled:
+            raise
         except Exception as error:
             raise_if_out_of_memory(error)
             inner = module_of(error)

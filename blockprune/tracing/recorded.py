@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "Step",
     "decoded",
     "knowns",
+    "paired",
 ]
 
 Memory = frozenset[int]
@@ -198,20 +199,37 @@ def knowns(value: Any) -> Iterator[Known]:
         yield from knowns((value.start, value.stop, value.step))
 
 
-def decoded(value: Any) -> Any:
-    """Return an encoded value with tensors that look like those in it; objects are lost."""
+def decoded(value: Any, given: Mapping[int, Any]) -> Any:
+    """Return an encoded value with tensors that look like those in it; objects are lost.
+
+    `given`: what to use for a `Known` that was handed through, by identity.
+    """
     if isinstance(value, Known):
+        if id(value.same_as) in given:
+            return given[id(value.same_as)]
         if value.is_tensor:
             return value.fact.example()
         return None if isinstance(value.fact, str) else value.fact
     if isinstance(value, Built):
-        items = {key: decoded(item) for key, item in value.items.items()}
+        items = {key: decoded(item, given) for key, item in value.items.items()}
         return OrderedDict(items) if value.kind is OrderedDict else value.kind(**items)
     if isinstance(value, tuple):
-        parts = [decoded(item) for item in value]
+        parts = [decoded(item, given) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
-        return [decoded(item) for item in value]
+        return [decoded(item, given) for item in value]
     if isinstance(value, dict):
-        return {key: decoded(item) for key, item in value.items()}
+        return {key: decoded(item, given) for key, item in value.items()}
     return value
+
+
+def paired(encoded: Any, value: Any) -> Iterator[tuple[Known, Any]]:
+    """Yield each `Known` in an encoded value with what stands in its place in another value."""
+    if isinstance(encoded, Known):
+        yield encoded, value
+    elif isinstance(encoded, tuple | list) and isinstance(value, tuple | list):
+        for one, other in zip(encoded, value, strict=False):
+            yield from paired(one, other)
+    elif isinstance(encoded, dict) and isinstance(value, dict):
+        for key in encoded.keys() & value.keys():
+            yield from paired(encoded[key], value[key])

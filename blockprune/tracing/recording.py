@@ -57,6 +57,7 @@ from blockprune.tracing.recorded import (
     Step,
     decoded,
     knowns,
+    paired,
 )
 from blockprune.tracing.sizes import SIZES, plain, sized
 from blockprune.tracing.state import State
@@ -284,7 +285,8 @@ class _Recorder(TorchFunctionMode):
         before = self.replayed.get(self.open[-1].key)
         if before is None or self.in_leaf > 1:
             return type(module).forward(module, *args, **kwargs)
-        return decoded(before.result)
+        given = paired((before.args, before.kwargs), (args, kwargs))
+        return decoded(before.result, {id(known): value for known, value in given})
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _note_state(call)

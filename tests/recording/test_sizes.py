@@ -807,7 +807,7 @@ class Halves:
         return [n - 1, n]
 
 
-LIBRARY: list[Any] = [Halves]
+LIBRARY = [Halves]
 
 
 class Turning(nn.Module):
