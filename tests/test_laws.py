@@ -222,6 +222,7 @@ def test_the_mode_it_was_cut_in_does_not_matter(entry: Entry, cut_in: bool) -> N
         )
 
 
+@pytest.mark.filterwarnings("ignore:pass-throughs stay:UserWarning")
 @every_net
 def test_preserving_the_root_changes_nothing(entry: Entry) -> None:
     net, inputs, _, zeros = _case(entry.name)

@@ -18,7 +18,7 @@ from blockprune.tracing.copying import (
     structural_copy,
     writes_weights,
 )
-from blockprune.tracing.recorded import Invocation, Recording, Step
+from blockprune.tracing.recorded import Invocation, Recording, Step, knowns
 from blockprune.tracing.recording import record
 from blockprune.tracing.state import State
 from blockprune.tracing.values import TensorFact, tensors_in
@@ -127,7 +127,10 @@ class Runs:
         return self._attempt("longer", self.call.map(grown), train=False)
 
     def _merging(self) -> frozenset[str]:
-        """Return the paths of modules in whose own forward tensors of one shape are added."""
+        """Return the paths of modules in whose own forward tensors of one shape are added.
+
+        Where a module adds two tensors that it is given, the one that calls it does.
+        """
         steps = (
             event
             for run in (self.main, *self.always())
@@ -136,9 +139,10 @@ class Runs:
             for event in call.events
         )
         return frozenset(
-            step.within.path
+            path
             for step in steps
-            if isinstance(step, Step) and step.merges and step.within is not None
+            if isinstance(step, Step) and step.merges
+            for path in _adding(step)
         )
 
     def aliased(self) -> Run | None:
@@ -321,6 +325,16 @@ def _by_path(found: Recording) -> dict[str, list[Invocation]]:
     for invocation in found.top.invocations():
         by_path.setdefault(invocation.path, []).append(invocation)
     return by_path
+
+
+def _adding(step: Step) -> Iterator[str]:
+    """Yield the paths of the modules that an addition is part of the forward of."""
+    operands = {id(known) for known in knowns((step.args, step.kwargs)) if known.is_tensor}
+    call = step.within
+    while call is not None:
+        yield call.path
+        given = {id(known) for known in knowns((call.args, call.kwargs))}
+        call = call.within if operands <= given else None
 
 
 def _present(run: Run | None) -> Iterator[Run]:
