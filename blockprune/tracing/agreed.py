@@ -156,8 +156,12 @@ class Agreement:
         """Call modules in which a size leaves the record, where no merge is lost by it."""
         for line in self.main.lines:
             asks = line.kind == "guard" and line.func is not torch.Tensor.dim
-            if asks and self._can_be_called(line.path) and not self._returns_apart(line.path):
+            if asks and self._is_better_called(line.path):
                 self.called[line.path] = f"its forward goes by a size (at {line.code})"
+
+    def _is_better_called(self, path: str) -> bool:
+        """Whether no block is lost where a module is called that a guard could be put into."""
+        return self._can_be_called(path) and not self._returns_apart(path)
 
     def _returns_apart(self, path: str) -> bool:
         """Whether several tensors that a module returns are used.
@@ -262,7 +266,7 @@ class Agreement:
         except TraceError:
             return False
         callable_ones = [
-            path for path in culprits if self._can_be_called(path) and not self._is_layer(path)
+            path for path in culprits if self._is_better_called(path) and not self._is_layer(path)
         ]
         for path in callable_ones:
             self.called[path] = f"its forward does something else under {run.name}"
@@ -357,7 +361,7 @@ class Agreement:
     def _states(self) -> bool:
         """Guard the grad and autocast state, where the forward asks and goes by it."""
         asked = [(i, line) for i, line in enumerate(self.main.lines) if line.kind == "state"]
-        callable_ones = {line.path for _, line in asked if self._can_be_called(line.path)}
+        callable_ones = {line.path for _, line in asked if self._is_better_called(line.path)}
         for path in callable_ones:
             self.called[path] = "its forward goes by the grad or autocast state"
         if callable_ones:
@@ -417,7 +421,7 @@ class Agreement:
         given = [(line.args, line.kwargs) for line in self.main.lines]
         handed_on = {ref.source for ref in _refs_of(given)}
         found = [i for i in self._reads("device") if i not in handed_on]
-        preferred = [i for i in found if self._can_be_called(self.main.lines[i].path)]
+        preferred = [i for i in found if self._is_better_called(self.main.lines[i].path)]
         for number in preferred:
             line = self.main.lines[number]
             self.called.setdefault(line.path, f"its forward goes by the device (at {line.code})")
