@@ -31,20 +31,35 @@ def uncached() -> Iterator[None]:
 
     Where that gives tensors, the cache is used: they may be drawn at random, once for all.
     """
-    before = [
-        (vars(module), name, value)
-        for module in list(sys.modules.values())
-        if isinstance(module, ModuleType)
-        for name, value in list(vars(module).items())
-        if type(value) is _CACHE
-    ]
-    for namespace, name, cache in before:
-        namespace[name] = _computing(cache)
+    # One module may be known by several names.
+    modules = {id(m): m for m in list(sys.modules.values()) if isinstance(m, ModuleType)}
+    replaced = []
+    for module in modules.values():
+        for name, cache, computing in _cached_functions(module):
+            vars(module)[name] = computing
+            replaced.append((vars(module), name, cache, computing))
     try:
         yield
     finally:
-        for namespace, name, cache in before:
-            namespace[name] = cache
+        for namespace, name, cache, computing in replaced:
+            if namespace.get(name) is computing:
+                namespace[name] = cache
+
+
+_FOUND: dict[int, tuple[ModuleType, int, list[tuple[str, Any, Any]]]] = {}
+"""Of each module, how many names it had when it was looked through, and the caches among them."""
+
+
+def _cached_functions(module: ModuleType) -> list[tuple[str, Any, Any]]:
+    """Return name and value of each cached function of a module, and what computes it anew."""
+    namespace = vars(module)
+    known, count, found = _FOUND.get(id(module), (None, 0, []))
+    is_old = known is module and count == len(namespace)
+    if not is_old or any(namespace.get(name) is not cache for name, cache, _ in found):
+        caches = [(n, value) for n, value in list(namespace.items()) if type(value) is _CACHE]
+        found = [(name, cache, _computing(cache)) for name, cache in caches]
+        _FOUND[id(module)] = module, len(namespace), found
+    return found
 
 
 def _computing(cache: Any) -> Callable[..., Any]:

@@ -838,3 +838,44 @@ def test_no_size_stays_in_a_cache_of_a_library() -> None:
     for x in (features(), features(3, 4)):
         assert model(x).shape == x.shape
     right(model, features(), [Trial(features(3, 4)), Trial(features())], cut="1", zero="1.g.f")
+
+
+@functools.cache
+def parted(n: int) -> tuple[int, int]:
+    return n // 2, n - n // 2
+
+
+@functools.cache
+def drawn(n: int) -> Tensor:
+    return torch.rand(n, 1)
+
+
+class Parted(nn.Module):
+    def __init__(self, draws: bool) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+        self.draws = draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = parted(x.shape[1])
+        y = self.f(torch.cat([x[:, second:], x[:, :second]], 1))
+        return x + y.reshape(x.shape[0], first + second, -1) * (
+            drawn(x.shape[1]) if self.draws else 1
+        )
+
+
+def test_a_cached_function_of_sizes_is_computed_anew() -> None:
+    model = nn.Sequential(Parted(False), Parted(False))
+    for _ in range(3):
+        assert blockprune.find_blocks(model, features()).names == ("0", "1")
+        model(features())
+    right(model, features(), [Trial(features(3, 4)), Trial(features())], cut="1", zero="1.f")
+    assert type(parted(5)[0]) is int
+    assert type(parted) is type(drawn)
+
+
+def test_a_cached_tensor_is_drawn_once_for_all() -> None:
+    model = nn.Sequential(Parted(True), Parted(False), Parted(True))
+    right_or_refused(
+        model, features(), [Trial(features()), Trial(features(3, 4))], cut="1", zero="1.f"
+    )
