@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blockprune.tracing.calls import Call
-from blockprune.tracing.leaks import clear_caches, uncached
+from blockprune.tracing.leaks import clear_caches
 from blockprune.tracing.operations import (
     ADDS,
     ARGUMENTS_OF_TORCH,
@@ -106,12 +106,7 @@ def record(
     """
     recorder = _Recorder(model.train(train), leaves, state, sizes, path, replayed)
     try:
-        with (
-            uncached(),
-            torch.set_grad_enabled(grad),
-            recorder.watching(),
-            weights_protected(shared),
-        ):
+        with torch.set_grad_enabled(grad), recorder.watching(), weights_protected(shared):
             recorder.shared = {id(tensor) for tensor in shared}
             output = recorder.run(call)
     finally:

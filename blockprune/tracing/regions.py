@@ -29,6 +29,7 @@ from blockprune.tracing.copying import (
 )
 from blockprune.tracing.facts import Facts, gather_facts
 from blockprune.tracing.graphs import drop_unused
+from blockprune.tracing.leaks import uncached
 from blockprune.tracing.placing import Followed, assemble
 from blockprune.tracing.runs import Runs
 from blockprune.tracing.state import surroundings_kept
@@ -127,7 +128,7 @@ def trace_model(
     call = as_call(model, example_inputs)
     leaf_modules = [leaf_modules] if isinstance(leaf_modules, str | type) else list(leaf_modules)
     asked = _modules_asked_for(model, leaf_modules)
-    with isolated(), surroundings_kept(model):
+    with isolated(), surroundings_kept(model), uncached():
         walk = _Walk(structural_copy(model), call, asked)
         if preserve_root:
             walk.descend("", ())
