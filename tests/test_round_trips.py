@@ -320,6 +320,8 @@ def test_a_module_around_no_ticket_has_no_plan(around: nn.Module, tmp_path: Path
         blockprune.plan_of(both)
 
 
+# The proof listens to every module, and torch says that its compiled ones may not notice.
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
 def test_blocks_beside_a_compiled_part_are_found() -> None:
     inputs, model = MODELS["resnet"][1](), copy.deepcopy(_dense("resnet"))
     model.layer1 = torch.compile(model.layer1, backend="eager")
