@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.tracing import Call, tensors_in
+from blockprune.tracing import Call, storage_of, tensors_in
 
 __all__ = [
     "SEED",
@@ -75,16 +75,15 @@ def fresh(call: Call) -> Call:
 
 def given_back(outputs: Any, call: Call) -> frozenset[int]:
     """Return the numbers of the outputs that lie in the memory of an argument."""
-    inputs = {_place(tensor) for tensor in tensors_in((call.args, call.kwargs))} - {0}
-    return frozenset(i for i, tensor in enumerate(tensors_in(outputs)) if _place(tensor) in inputs)
+    inputs = {_address(tensor) for tensor in tensors_in((call.args, call.kwargs))} - {0}
+    return frozenset(
+        i for i, tensor in enumerate(tensors_in(outputs)) if _address(tensor) in inputs
+    )
 
 
-def _place(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        # Sparse and similar layouts have no one place.
-        return 0
+def _address(tensor: Tensor) -> int:
+    storage = storage_of(tensor)
+    return 0 if storage is None else storage.data_ptr()
 
 
 def snapshot(value: Any) -> Any:

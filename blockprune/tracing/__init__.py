@@ -23,7 +23,13 @@ from blockprune.tracing.regions import (
     trace_model,
 )
 from blockprune.tracing.state import surroundings_kept
-from blockprune.tracing.values import TensorFact, holds_tensor, map_tensors, tensors_in
+from blockprune.tracing.values import (
+    TensorFact,
+    holds_tensor,
+    map_tensors,
+    storage_of,
+    tensors_in,
+)
 
 __all__ = [
     "COMPILED",
@@ -49,6 +55,7 @@ __all__ = [
     "isolated",
     "map_tensors",
     "refused",
+    "storage_of",
     "structural_copy",
     "surroundings_kept",
     "tensors_in",

@@ -19,7 +19,7 @@ from blockprune.errors import TraceError
 from blockprune.tracing.calls import Call, refused
 from blockprune.tracing.copying import structural_copy
 from blockprune.tracing.interpreting import CallInterpreter
-from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
+from blockprune.tracing.values import TensorFact, map_tensors, storage_of, tensors_in
 
 __all__ = ["Facts", "Place", "gather_facts"]
 
@@ -122,11 +122,8 @@ class _Observer(CallInterpreter):
     def _storages(self, tensors: list[Tensor]) -> frozenset[Place]:
         found = []
         for tensor in tensors:
-            try:
-                storage = tensor.untyped_storage()
-            except (NotImplementedError, RuntimeError):
-                # Sparse and similar layouts share no memory that a view could reach.
-                continue
-            self._held.append(storage)
-            found.append((self.mode, int(storage._cdata)))
+            storage = storage_of(tensor)
+            if storage is not None:
+                self._held.append(storage)
+                found.append((self.mode, int(storage._cdata)))
         return frozenset(found)

@@ -61,7 +61,7 @@ from blockprune.tracing.recorded import (
 )
 from blockprune.tracing.sizes import SIZES, plain, sized
 from blockprune.tracing.state import State
-from blockprune.tracing.values import TensorFact, map_tensors, tensors_in
+from blockprune.tracing.values import TensorFact, map_tensors, storage_of, tensors_in
 from blockprune.tracing.weights import WritesWeights, weights_protected
 
 __all__ = ["record"]
@@ -614,10 +614,8 @@ class _Recorder(TorchFunctionMode):
     def _memory(self, values: Any) -> Memory:
         found = set()
         for tensor in tensors_in(values):
-            try:
-                storage = tensor.untyped_storage()
-            except (NotImplementedError, RuntimeError):
-                # Sparse and similar layouts share no memory that a view could reach.
+            storage = storage_of(tensor)
+            if storage is None:
                 continue
             if storage._cdata not in self.numbers:
                 # An address may be used again once it is freed; holding on keeps them apart.

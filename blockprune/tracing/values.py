@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["TensorFact", "holds_tensor", "map_tensors", "tensors_in"]
+__all__ = ["TensorFact", "holds_tensor", "map_tensors", "storage_of", "tensors_in"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +97,11 @@ def tensors_in(value: Any, kind: type = Tensor) -> Iterator[Any]:
 def holds_tensor(value: Any, kind: type = Tensor) -> bool:
     """Whether a nested value has a tensor (or another `kind`) in it."""
     return next(tensors_in(value, kind), None) is not None
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory of a tensor, None where no view could share it (sparse layouts)."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockprune.tracing.values import tensors_in
+from blockprune.tracing.values import storage_of, tensors_in
 
 __all__ = ["WritesWeights", "weights_protected"]
 
@@ -22,7 +22,7 @@ class weights_protected(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._held = [_storage(tensor) for tensor in tensors]
+        self._held = [storage_of(tensor) for tensor in tensors]
         self._protected = {storage._cdata for storage in self._held if storage is not None}
 
     def __torch_dispatch__(
@@ -45,13 +45,6 @@ class weights_protected(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if argument.alias_info is None or not argument.alias_info.is_write:
             return
         for tensor in tensors_in(value):
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             if storage is not None and storage._cdata in self._protected:
                 raise WritesWeights
-
-
-def _storage(tensor: Tensor) -> Any:
-    try:
-        return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
