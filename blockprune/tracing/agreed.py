@@ -23,10 +23,10 @@ from blockprune.tracing.agreement import (
     Line,
     Lines,
     Ref,
-    Theirs,
     Unresolved,
     Variation,
     compare,
+    in_our_lines,
     mapped,
     replaced,
 )
@@ -154,10 +154,13 @@ class Agreement:
 
     def _prefer_calls(self) -> None:
         """Call modules in which a size leaves the record, where no merge is lost by it."""
+        asking: dict[str, str] = {}
         for line in self.main.lines:
-            asks = line.kind == "guard" and line.func is not torch.Tensor.dim
-            if asks and self._is_better_called(line.path):
-                self.called[line.path] = f"its forward goes by a size (at {line.code})"
+            if line.kind == "guard" and line.func is not torch.Tensor.dim:
+                asking.setdefault(line.path, line.code)
+        for path, code in asking.items():
+            if self._is_better_called(path):
+                self.called[path] = f"its forward goes by a size (at {code})"
 
     def _is_better_called(self, path: str) -> bool:
         """Whether no block is lost where a module is called that a guard could be put into."""
@@ -194,7 +197,7 @@ class Agreement:
         """Whether a module is one of a list and has merges inside, so that it may go as a whole."""
         around = self.runs.root.get_submodule(path.rpartition(".")[0])
         is_listed = isinstance(around, nn.ModuleList | nn.Sequential)
-        return is_listed and any(inner.startswith(f"{path}.") for inner in self.runs.merging)
+        return is_listed and self.runs.merges_in(path)
 
     def _compare_calls(self, index: int) -> None:
         """Refuse a module that does something else at its other calls."""
@@ -619,17 +622,10 @@ def _flag(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation
 
 def _by_mode(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
     """A value that is another one in train mode, of as many samples."""
-    back = {their: our for our, their in twins.items()}
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Ref) and isinstance(value.source, int):
-            return Ref(back.get(value.source, Theirs(value.source)), value.keys)
-        return value
-
     path = ours.lines[found.line].path
     if found.ours is False and found.theirs is True:
         return Flag(path)
-    return ByMode(path, found.ours, moved(found.theirs))
+    return ByMode(path, found.ours, in_our_lines(twins)(found.theirs))
 
 
 def _handed_on(

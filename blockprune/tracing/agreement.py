@@ -10,7 +10,7 @@ called as well, and the rows are made anew.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "Unresolved",
     "Variation",
     "compare",
+    "in_our_lines",
     "item_of",
     "mapped",
     "replaced",
@@ -406,6 +407,21 @@ def mapped(value: Any, change: Any) -> Any:
     if isinstance(value, slice):
         return slice(*(mapped(part, change) for part in (value.start, value.stop, value.step)))
     return change(value)
+
+
+def in_our_lines(twins: Mapping[int, int]) -> Callable[[Any], Any]:
+    """Return what makes a `Ref` of another recording one of ours, to a `Theirs` where it has none.
+
+    `twins`: for each of our lines the number of theirs. Anything else is left as it is.
+    """
+    ours = {their: our for our, their in twins.items()}
+
+    def change(item: Any) -> Any:
+        if isinstance(item, Ref) and isinstance(item.source, int):
+            return Ref(ours.get(item.source, Theirs(item.source)), item.keys)
+        return item
+
+    return change
 
 
 def item_of(value: Any, keys: tuple[Any, ...]) -> Any:

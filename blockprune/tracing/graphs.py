@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from blockprune.errors import TraceError
-from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, mapped
+from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, in_our_lines, mapped
 from blockprune.tracing.calls import Binding, is_constant
 from blockprune.tracing.facts import Facts, Place
 from blockprune.tracing.guards import (
@@ -224,14 +224,7 @@ class _Writer:
         if fork is None:
             return
         _, theirs, twins = self.others[0]
-        ours = {their: our for our, their in twins.items()}
-
-        def change(item: Any) -> Any:
-            if isinstance(item, Ref) and isinstance(item.source, int):
-                source = ours.get(item.source, Theirs(item.source))
-                return Ref(source, item.keys)
-            return item
-
+        change = in_our_lines(twins)
         for index in range(*fork.theirs):
             self.line = line = theirs.lines[index]
             moved = dataclasses.replace(

@@ -140,9 +140,6 @@ def trace_model(
         mark_as_writing(model)
     regions = sorted(walk.regions, key=lambda region: region.order)
     names = tuple(entry if isinstance(entry, str) else entry.__name__ for entry in leaf_modules)
-    stopped = walk.runs.main.recording.stopped | dict(
-        item for run in walk.runs.always() for item in run.recording.stopped.items()
-    )
     return TracedModel(
         root=walk.root,
         call=call,
@@ -150,7 +147,9 @@ def trace_model(
         opaque=walk.opaque,
         may_merge=walk.opaque_with_merges(),
         leaf_modules=names,
-        stateful=frozenset(p for p, why in stopped.items() if why.startswith("changes ")),
+        stateful=frozenset(
+            path for path, why in walk.runs.stopped().items() if why.startswith("changes ")
+        ),
     )
 
 
@@ -205,9 +204,7 @@ class _Walk:
         for path, module in root.named_modules():
             if parametrize.is_parametrized(module):
                 self.called[path] = "its weights are parametrized"
-        for run in (self.runs.main, *self.runs.always()):
-            self.called |= run.recording.stopped
-        self.called |= asked
+        self.called |= self.runs.stopped() | asked
         self._visited: set[int] = set()
 
     def attempt(self, path: str, order: tuple[int, ...]) -> None:
@@ -281,9 +278,7 @@ class _Walk:
     def _may_have_graphs(self, path: str) -> bool:
         """Whether tensors are added in a module or inside, or it was made from a graph."""
         inner = (part for part in self.root.get_submodule(path).modules())
-        return any(isinstance(part, fx.GraphModule) for part in inner) or any(
-            name == path or name.startswith(f"{path}.") for name in self.runs.merging
-        )
+        return self.runs.merges_in(path) or any(isinstance(p, fx.GraphModule) for p in inner)
 
     def give_up_strays(self) -> None:
         """Undo regions whose graph, in the place of the module, changes what the model computes.

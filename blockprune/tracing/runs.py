@@ -77,8 +77,7 @@ class Runs:
         if in_train is None:
             in_train = self.alike()
             yield from _present(self.wider())
-        elif "skipped" not in self._made:
-            self._made["skipped"] = in_train
+        else:
             self._add_skipped(in_train)
         yield from _present(in_train)
 
@@ -144,6 +143,17 @@ class Runs:
             if isinstance(step, Step) and step.merges
             for path in _adding(step)
         )
+
+    def merges_in(self, path: str) -> bool:
+        """Whether tensors of one shape are added in the module at `path`, or inside."""
+        return any(name == path or name.startswith(f"{path}.") for name in self.merging)
+
+    def stopped(self) -> dict[str, str]:
+        """Return the paths of modules that no graph can hold, as every recording has it."""
+        found: dict[str, str] = {}
+        for run in (self.main, *self.always()):
+            found |= run.recording.stopped
+        return found
 
     def aliased(self) -> Run | None:
         """Return the recording in which equal tensors among the arguments are one."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.recording.law import Trial, right, right_or_refused
+from tests.recording.law import Trial, right_where
 
 __all__ = [
     "HOSTS",
@@ -141,8 +141,8 @@ def hold(
     act: Act, host: Host, trials: Iterable[Trial], example: Any = None, *, demand: str
 ) -> None:
     """Hold a ticket to the law; `demand` is "right" or "right_or_refused"."""
-    law = right if host.must or demand == "right" else right_or_refused
-    law(
+    right_where(
+        host.must or demand == "right",
         host.build(act),
         (features(), ones()) if example is None else example,
         trials,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.recording.law import Trial, right, right_or_refused
+from tests.recording.law import Trial, right_or_refused, right_where
 from tests.recording.nets import (
     WIDTH,
     Act,
@@ -265,9 +265,8 @@ class ByWeights(Block):
 
 @pytest.mark.parametrize("how", ["read", "next", "asked"])
 def test_the_dtype_of_a_weight(how: str) -> None:
-    law = right_or_refused if how == "asked" else right
-    net = Net(ByWeights(how), Block())
-    law(net, (features(), ones()), TRIALS, cut="blocks.1", zero="blocks.1.f")
+    net, example = Net(ByWeights(how), Block()), (features(), ones())
+    right_where(how != "asked", net, example, TRIALS, cut="blocks.1", zero="blocks.1.f")
 
 
 class ByMask(nn.Module):

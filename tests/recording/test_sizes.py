@@ -782,8 +782,8 @@ class Ranks(nn.Module):
 
 @pytest.mark.parametrize("preserve_root", [False, True])
 def test_an_input_without_a_batch(preserve_root: bool) -> None:
-    law = right if preserve_root else right_or_refused
-    law(
+    right_where(
+        preserve_root,
         Ranks(),
         features(),
         [Trial(features()[0]), Trial(features(3, 2))],

@@ -28,6 +28,7 @@ from tests.recording.law import (
     reference,
     right,
     right_or_refused,
+    right_where,
     same,
     untouched,
 )
@@ -413,8 +414,8 @@ class WithState(nn.Module):
 @pytest.mark.parametrize("preserve_root", [False, True])
 @pytest.mark.parametrize("kind", ["counts", "drops_layers"])
 def test_a_root_with_state(kind: str, preserve_root: bool) -> None:
-    law = right_or_refused if kind == "drops_layers" else right
-    law(
+    right_where(
+        kind != "drops_layers",
         WithState(kind).eval(),
         features(),
         [Trial(features(), train=True, calls=6), Trial(features(), calls=4)],
