@@ -50,6 +50,7 @@ def _left(
     return costs.macs if kind == "keep_macs" else costs.params
 
 
+@zoo.shared_norms_are_told
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["keep_macs", "keep_params"])
 @pytest.mark.parametrize("by", ["score", "score_per_cost"])

@@ -296,7 +296,7 @@ def _left_and_real(
     return (left.params, left.macs), (real.params, real.macs)
 
 
-@pytest.mark.parametrize("entry", zoo.ENTRIES, ids=[entry.name for entry in zoo.ENTRIES])
+@pytest.mark.parametrize("entry", zoo.cases(zoo.ENTRIES))
 @pytest.mark.parametrize("preserve_root", [False, True], ids=["graph", "root"])
 def test_what_is_left_is_what_the_ticket_costs(entry: zoo.Entry, preserve_root: bool) -> None:
     net, inputs = entry.build(), entry.example()
@@ -323,7 +323,7 @@ def test_what_is_left_of_random_nets_is_what_the_ticket_costs(
     assert left == real
 
 
-@pytest.mark.parametrize("entry", zoo.ENTRIES, ids=[entry.name for entry in zoo.ENTRIES])
+@pytest.mark.parametrize("entry", zoo.cases(zoo.ENTRIES))
 def test_one_block_less_leaves_what_its_costs_say(entry: zoo.Entry) -> None:
     analysis = find_blocks(entry.build(), entry.example())
     remaining, table = RemainingCosts(analysis), block_costs(analysis)

@@ -61,7 +61,7 @@ def _order(names: list[str]) -> Any:
     return criterion
 
 
-@pytest.mark.parametrize("entry", RESIDUAL, ids=[entry.name for entry in RESIDUAL])
+@pytest.mark.parametrize("entry", zoo.cases(RESIDUAL))
 @pytest.mark.parametrize("granularity", ["branch", "layer"])
 @pytest.mark.parametrize("preserve_root", [False, True], ids=["graph", "root"])
 def test_every_net_can_be_pruned_step_by_step(

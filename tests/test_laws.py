@@ -36,7 +36,7 @@ from tests.zoo import Entry
 
 # Nets with something to remove; the others have no ticket.
 RESIDUAL = [e for e in zoo.ENTRIES if e.branches]
-every_net = pytest.mark.parametrize("entry", RESIDUAL, ids=[e.name for e in RESIDUAL])
+every_net = pytest.mark.parametrize("entry", zoo.cases(RESIDUAL))
 each_mode = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 
 
@@ -145,7 +145,7 @@ def _generators() -> tuple[Any, ...]:
 # ---------------------------------------------------------------- the central law
 
 
-@pytest.mark.parametrize("entry", zoo.ENTRIES, ids=[e.name for e in zoo.ENTRIES])
+@pytest.mark.parametrize("entry", zoo.cases(zoo.ENTRIES))
 @each_mode
 def test_empty_plan_is_the_identity(entry: Entry, train: bool) -> None:
     net, _, _, _ = _case(entry.name)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -1494,3 +1495,21 @@ ENTRIES: tuple[Entry, ...] = (
 )
 
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
+
+_SHARING = ("shared_function", "shared_block", "aliased_calls")
+shared_norms_are_told = pytest.mark.filterwarnings(
+    "ignore:.*called by a removed branch and by what stays"
+)
+"""For tests that cut those: branches share a normalisation, and a warning comes with the ticket."""
+
+
+def cases(entries: Iterable[Entry]) -> list[Any]:
+    """Return entries as parameters of a test that cuts them."""
+    return [
+        pytest.param(
+            entry,
+            id=entry.name,
+            marks=[shared_norms_are_told] if entry.name in _SHARING else [],
+        )
+        for entry in entries
+    ]

@@ -67,7 +67,7 @@ def check(
     assert_close((example.args, example.kwargs), fresh(inputs), "inputs")
 
 
-@pytest.mark.parametrize("entry", NAMED, ids=[e.name for e in NAMED])
+@pytest.mark.parametrize("entry", zoo.cases(NAMED))
 def test_each_block_left_out_of_every_net_of_the_zoo(entry: zoo.Entry) -> None:
     check(entry.build(), entry.example(), entry.zeros)
 
