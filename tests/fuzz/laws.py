@@ -51,6 +51,8 @@ def problems(recipe: Recipe) -> list[str]:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("error")
+            if recipe.again is not None:
+                warnings.filterwarnings("ignore", ".*called by a removed branch and by what stays")
             return list(_Case(recipe).problems())
     except Exception as error:  # whatever it is, it is what the case has found
         return [f"{type(error).__name__}: {error}"]
@@ -221,8 +223,7 @@ def _analysis_problems(analysis: blockprune.BlockAnalysis, wanted: Truth) -> Ite
     refused = {r.name.partition("#")[0]: str(r.reason) for r in analysis.rejections}
     # Inside what cannot be traced, a part without parameters is not looked into.
     bare = {name for name, why in wanted.refused.items() if "no_parameters" in why}
-    is_traced = any(region.path == "" for region in analysis.traced.regions)
-    unseen = bare - refused.keys() if "opaque" in refused.values() or not is_traced else set()
+    unseen = bare - refused.keys() if wanted.reads_numbers else set()
     if unseen:
         refused = {name: why for name, why in refused.items() if why != "opaque"}
     for owner, reasons in wanted.refused.items():

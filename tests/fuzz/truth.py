@@ -34,6 +34,16 @@ class Truth:
     removable: dict[str, Switch]
     refused: dict[str, frozenset[str]]  # owner: the reasons that would each be right
     nested: dict[str, tuple[str, ...]]  # what goes with a branch, as it lies inside it
+    reads_numbers: bool  # some forward does, which therefore is no graph
+
+
+def _reads_numbers(parts: tuple[Part, ...]) -> bool:
+    return any(
+        isinstance(part, Region)
+        or (isinstance(part, Unit) and _reads_numbers((*part.branch, *part.parallel)))
+        or (isinstance(part, Loop) and any(map(_reads_numbers, part.branches)))
+        for part in parts
+    )
 
 
 def _writes_into_input(parts: tuple[Part, ...]) -> bool:
@@ -188,4 +198,4 @@ def truth(recipe: Recipe) -> Truth:
         for name, (merge, _) in zip(names, sound, strict=True)
     }
     refused = {merge.owner: merge.defects for merge in merges if merge.defects}
-    return Truth(removable, refused, nested)
+    return Truth(removable, refused, nested, not is_traced or _reads_numbers(recipe.body))
