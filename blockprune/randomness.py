@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "RANDOM_OPERATIONS",
     "AlikeDraws",
     "LayoutFreeDraws",
     "RngState",
@@ -25,30 +26,56 @@ __all__ = [
     "set_rng_state",
 ]
 
-_RANDOM_OPERATIONS = frozenset(
+RANDOM_OPERATIONS = frozenset(
     {
         "alpha_dropout",
+        "alpha_dropout_",
         "bernoulli",
         "bernoulli_",
+        "binomial",
+        "cauchy_",
         "dropout",
         "dropout1d",
         "dropout2d",
         "dropout3d",
+        "dropout_",
+        "exponential_",
         "feature_alpha_dropout",
+        "feature_alpha_dropout_",
+        "feature_dropout",
+        "feature_dropout_",
+        "fractional_max_pool2d",
+        "fractional_max_pool2d_with_indices",
+        "fractional_max_pool3d",
+        "fractional_max_pool3d_with_indices",
+        "geometric_",
+        "gru",
+        "gumbel_softmax",
+        "log_normal_",
+        "lstm",
         "multi_head_attention_forward",
+        "multinomial",
+        "native_dropout",
         "normal",
         "normal_",
+        "poisson",
         "rand",
         "rand_like",
         "randint",
+        "randint_like",
         "randn",
         "randn_like",
+        "random_",
         "randperm",
+        "rnn_relu",
+        "rnn_tanh",
         "rrelu",
+        "rrelu_",
         "scaled_dot_product_attention",
         "uniform_",
     }
 )
+"""Names of the functions of torch that may draw from its generators."""
 
 
 @contextmanager
@@ -137,7 +164,7 @@ class LayoutFreeDraws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name not in _RANDOM_OPERATIONS or not args or not isinstance(args[0], Tensor):
+        if name not in RANDOM_OPERATIONS or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         given = args[0]
         if given.is_contiguous():

@@ -29,22 +29,24 @@ from blockprune.tracing.agreement import (
     in_our_lines,
     mapped,
     replaced,
+    with_keys,
 )
 from blockprune.tracing.calls import Binding, Call, bind, constants_of
+from blockprune.tracing.devices import DEVICES
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.graphs import ByMode, Check, Finfo, Flag, Setting, graph_of
 from blockprune.tracing.guards import (
     expect_device,
     expect_distinct,
     expect_dtype,
-    expect_given,
-    expect_length,
+    expect_grad,
     expect_rank,
     expect_setting,
     expect_state,
 )
+from blockprune.tracing.operations import GRAD
 from blockprune.tracing.places import module_of
-from blockprune.tracing.recorded import Invocation, Known, Step, knowns
+from blockprune.tracing.recorded import Field, Invocation, Known, Step, knowns
 from blockprune.tracing.runs import DTYPES, Run, Runs
 
 __all__ = ["Agreement"]
@@ -89,16 +91,10 @@ class Agreement:
             pass
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
         self._check_ranks()
-        self._check_given()
         for (number, where), value in self.bound.items():
             _put(self.main.lines[number], where, value)
-        bindings = [
-            dataclasses.replace(binding, is_constant=False)
-            if binding.name in self.free
-            else binding
-            for binding in self._bindings(self.main.top)
-        ]
-        return graph_of(self.main, bindings, self.checks, others, self.forks)
+        bindings = self._bindings(self.main.top)
+        return graph_of(self.main, bindings, self.checks, others, self.forks, self.free)
 
     def _settled(self) -> bool:
         """Put the recordings in lines, and compare; whether no more modules have to be called."""
@@ -120,7 +116,10 @@ class Agreement:
         if not (self._agrees_narrowly() if self.is_narrow else self._agrees_always()):
             return False
         self._look_at(self.runs.longer())
-        conditions = (self._aliases, self._states, self._dtypes, self._devices, self._constants)
+        conditions = (
+            *(self._aliases, self._states, self._grads),
+            *(self._dtypes, self._devices, self._constants),
+        )
         if not all(condition() for condition in conditions):
             return False
         self._bind_settings()
@@ -350,11 +349,7 @@ class Agreement:
         if agrees is None:
             return False
         if not agrees:
-            tensors = [
-                (binding.name, Ref(Bound(binding.name)))
-                for binding in self._bindings(self.main.top)
-                if isinstance(binding.value, Known)
-            ]
+            tensors = [(name, ref) for name, _, ref in self._tensors()]
             for index, (name, value) in enumerate(tensors):
                 for other, twin in tensors[index + 1 :]:
                     check = Check(expect_distinct, (name, other, value, twin))
@@ -376,19 +371,29 @@ class Agreement:
         )
         for what, value, other in conditions:
             reads = [(i, line) for i, line in asked if line.func == what]
-            if not reads and not (what == "grad" and self._reads_grad()):
-                continue
-            agrees = self._tolerates(other())
+            agrees = self._tolerates(other()) if reads else True
             if agrees is None:
                 return False
             if not agrees:
-                number, code = (reads[0][0], reads[0][1].code) if reads else (-1, "")
-                check = Check(expect_state, (what, value, code))
-                self.checks.setdefault(number, []).append(check)
+                check = Check(expect_state, (what, value, reads[0][1].code))
+                self.checks.setdefault(reads[0][0], []).append(check)
         return True
 
-    def _reads_grad(self) -> bool:
-        return "grad" in self.runs.main.recording.reads
+    def _grads(self) -> bool:
+        """Guard what is asked about the gradients of a tensor, where the forward goes by it."""
+        reads = [number for name in sorted(GRAD) for number in self._reads(name)]
+        if not reads:
+            return True
+        agreeing = [self._tolerates(self.runs.without_grad())]
+        if None not in agreeing:
+            agreeing.append(self._tolerates(self.runs.with_grad_of_inputs()))
+        if None in agreeing:
+            return False
+        for number in () if all(agreeing) else reads:
+            line = self.main.lines[number]
+            check = Check(expect_grad, (line.args[0], line.func, line.event.result, line.code))
+            self.checks.setdefault(number, []).append(check)
+        return True
 
     def _dtypes(self) -> bool:
         """Bind dtypes that are handed on; guard those that the forward goes by."""
@@ -411,10 +416,14 @@ class Agreement:
         missing = [dtype for dtype in DTYPES if dtype not in good]
         for number in reads:
             line = self.main.lines[number]
+            dtype = line.event.result
+            is_floating = dtype in DTYPES
             # One that is handed on may decide something as well.
             is_asked = differs or number not in handed_on
-            if missing and is_asked and line.event.result in DTYPES:
-                allowed = tuple(dtype for dtype in DTYPES if dtype in good)
+            if is_asked and (line.event.args[0].active or (missing and is_floating)):
+                allowed = (
+                    tuple(each for each in DTYPES if each in good) if is_floating else (dtype,)
+                )
                 check = Check(expect_dtype, (line.args[0], allowed, line.code))
                 self.checks.setdefault(number, []).append(check)
         return True
@@ -424,16 +433,24 @@ class Agreement:
         given = [(line.args, line.kwargs) for line in self.main.lines]
         handed_on = {ref.source for ref in _refs_of(given)}
         found = [i for i in self._reads("device") if i not in handed_on]
-        preferred = [i for i in found if self._is_better_called(self.main.lines[i].path)]
-        for number in preferred:
+        if not found:
+            return True
+        good = {self.main.lines[i].event.args[0].fact.device.type for i in found}
+        for kind in DEVICES:
+            agrees = self._tolerates(None if kind in good else self.runs.on_device(kind))
+            if agrees is None:
+                return False
+            if agrees:
+                good.add(kind)
+        for number in () if good.issuperset(DEVICES) else found:
             line = self.main.lines[number]
-            self.called.setdefault(line.path, f"its forward goes by the device (at {line.code})")
-        if preferred:
+            if self._is_better_called(line.path):
+                self.called[line.path] = f"its forward goes by the device (at {line.code})"
+        if any(self.main.lines[number].path in self.called for number in found):
             return False
         for number in found:
             line = self.main.lines[number]
-            kind = line.event.args[0].fact.device.type
-            check = Check(expect_device, (line.args[0], kind, line.code))
+            check = Check(expect_device, (line.args[0], tuple(sorted(good)), line.code))
             self.checks.setdefault(number, []).append(check)
         return True
 
@@ -526,34 +543,28 @@ class Agreement:
         lines = enumerate(self.main.lines)
         return [i for i, line in lines if line.kind == "read" and line.func == what]
 
-    def _check_given(self) -> None:
-        """Guard that tensors are given that may be left out, and lengths of lists that are used."""
-        given = [(line.args, line.kwargs) for line in self.main.lines]
-        used = {ref.source for ref in _refs_of([*given, self.main.result]) if ref.keys}
-        for binding in self._bindings(self.main.top):
-            if isinstance(binding.value, Known) and binding.value.is_tensor:
-                if binding.default is not inspect.Parameter.empty:
-                    check = Check(expect_given, (binding.name, Ref(Bound(binding.name))))
-                    self.checks.setdefault(-1, []).append(check)
-                continue
-            is_list = isinstance(binding.value, list | tuple | dict)
-            is_variadic = binding.kind in (binding.kind.VAR_POSITIONAL, binding.kind.VAR_KEYWORD)
-            if Bound(binding.name) in used and is_list and not is_variadic:
-                value = Ref(Bound(binding.name))
-                check = Check(expect_length, (binding.name, value, len(binding.value)))
-                self.checks.setdefault(-1, []).append(check)
-
     def _check_ranks(self) -> None:
         """Guard the ranks of the arguments, where a rank or a whole shape is asked for."""
         every = [self.main, *(lines for _, lines, _ in self.twins)]
         if not any(_asks_for_rank(line) for lines in every for line in lines.lines):
             return
+        for name, known, ref in self._tensors():
+            check = Check(expect_rank, (name, ref, len(known.fact.shape)))
+            self.checks.setdefault(-1, []).append(check)
+
+    def _tensors(self) -> list[tuple[str, Known, Ref]]:
+        """Return each tensor among the arguments, what messages call it, and where it is."""
+        found = []
         for binding in self._bindings(self.main.top):
-            value = binding.value
-            if isinstance(value, Known) and value.is_tensor:
-                rank = len(value.fact.shape)
-                check = Check(expect_rank, (binding.name, Ref(Bound(binding.name)), rank))
-                self.checks.setdefault(-1, []).append(check)
+            for known, keys in with_keys(binding.value):
+                if known.is_tensor:
+                    name = "".join([binding.name, *(f"[{_key_of(key)!r}]" for key in keys)])
+                    found.append((name, known, Ref(Bound(binding.name), keys)))
+        return found
+
+
+def _key_of(key: Any) -> Any:
+    return key.name if isinstance(key, Field) else key
 
 
 def _put(line: Line, where: tuple[Any, ...], value: Any) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "item_of",
     "mapped",
     "replaced",
+    "with_keys",
 ]
 
 
@@ -155,7 +156,7 @@ class Lines:
         self._places: dict[int, Ref] = {}
         self._prefix = f"{top.path}." if top.path else ""
         for name, value in self.arguments.items():
-            for known, keys in _with_keys(value):
+            for known, keys in with_keys(value):
                 self._places.setdefault(id(known), Ref(Bound(name), keys))
         self._walk(top, ())
         self.result = self._refer(top.result, top.path)
@@ -454,9 +455,10 @@ def replaced(value: Any, where: tuple[Any, ...], new: Any) -> Any:
     return items
 
 
-def _with_keys(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Known, tuple[Any, ...]]]:
+def with_keys(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Known, tuple[Any, ...]]]:
+    """Yield each `Known` in an encoded value, with the keys that lead to it."""
     if isinstance(value, Known):
         yield value, keys
         return
     for key, item in _parts(value) or ():
-        yield from _with_keys(item, (*keys, key))
+        yield from with_keys(item, (*keys, key))

@@ -5,26 +5,29 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 from blockprune.errors import TraceError
+from blockprune.randomness import RANDOM_OPERATIONS
 from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, in_our_lines, mapped
-from blockprune.tracing.calls import Binding, is_constant
+from blockprune.tracing.calls import Binding
 from blockprune.tracing.facts import Facts, Place
 from blockprune.tracing.guards import (
     InMode,
     WithoutGrad,
     by_mode,
-    expect_constant,
     expect_size,
 )
+from blockprune.tracing.likeness import expect_like, likeness
 from blockprune.tracing.recorded import Built, Field, Invocation, Known, Step, knowns
 from blockprune.tracing.sizes import same_size
+from blockprune.tracing.values import TensorFact
 
 __all__ = ["ByMode", "Check", "Finfo", "Flag", "Setting", "drop_unused", "graph_of"]
 
@@ -101,6 +104,7 @@ def graph_of(
     checks: Mapping[int, Sequence[Check]],
     others: Sequence[tuple[str, Lines, Mapping[int, int]]],
     forks: Sequence[Fork] = (),
+    free: Collection[str] = (),
 ) -> tuple[fx.Graph, Facts]:
     """Return the graph of `lines`, and facts from all recordings.
 
@@ -110,11 +114,12 @@ def graph_of(
         checks: guards to put behind a line, by its number; -1 for the beginning.
         others: mode, lines and twins of the further recordings that agree.
         forks: where the first of these, in train mode, has lines of its own.
+        free: names of arguments that are only handed on.
 
     Raises:
         TraceError: a graph cannot hold what the module returns, or how it is called.
     """
-    return _Writer(lines, bindings, checks, others, forks).write()
+    return _Writer(lines, bindings, checks, others, forks, free).write()
 
 
 class _Writer:
@@ -125,8 +130,10 @@ class _Writer:
         checks: Mapping[int, Sequence[Check]],
         others: Sequence[tuple[str, Lines, Mapping[int, int]]],
         forks: Sequence[Fork],
+        free: Collection[str],
     ) -> None:
         self.lines, self.bindings, self.checks, self.others = lines, bindings, checks, others
+        self.free = free
         self.forks = {fork.ours[1]: fork for fork in forks}
         self.in_eval = {i: fork for fork in forks for i in range(*fork.ours)}
         self.graph = fx.Graph()
@@ -174,22 +181,12 @@ class _Writer:
         node = self.graph.create_node("placeholder", prefix + binding.name, default)
         self.nodes[Bound(binding.name), ()] = node
         self._note(node, Bound(binding.name))
-        if binding.is_constant:
-            self._guard(expect_constant, (binding.name, node, binding.value))
-            return
-        if prefix:
-            self._fix_parts(binding, node)
-
-    def _fix_parts(self, binding: Binding, node: fx.Node) -> None:
-        """Guard the number of arguments in `*args` or `**kwargs`, and the constants among them."""
-        count = self._derived(len, node)
-        star = "*" if binding.kind is inspect.Parameter.VAR_POSITIONAL else "**"
-        self._guard(expect_constant, (f"len({star}{binding.name})", count, len(binding.value)))
-        items = binding.value.items() if star == "**" else enumerate(binding.value)
-        for key, value in items:
-            if is_constant(value):
-                item = self._node(Bound(binding.name), (key,))
-                self._guard(expect_constant, (str(key), item, value))
+        name = prefix + binding.name
+        like = likeness(name, binding.value, self.free)
+        # A part of a model is called by code that runs as it is, where it only hands tensors on.
+        is_needed = not self.lines.top.path or binding.default is not inspect.Parameter.empty
+        if like != ("any",) and (is_needed or like != ("tensor",)):
+            self._guard(expect_like, (name, node, like))
 
     def _guard(self, func: Any, args: tuple[Any, ...]) -> None:
         self.facts.values[self._made("call_function", func, args)] = None
@@ -489,10 +486,23 @@ def _is_method(func: Any) -> bool:
 
 
 def drop_unused(graph: fx.Graph, facts: Facts) -> None:
-    """Erase pure nodes that nothing reads, such as sizes that were only looked at."""
+    """Erase what nothing reads and that changes nothing, such as sizes that were only looked at."""
     for node in reversed(graph.nodes):
-        is_number = type(facts.values.get(node)) in (int, float)
-        is_call = node.op in ("call_function", "call_method")
-        is_pure = node.op == "get_attr" or (is_call and (is_number or node.target in _PURE))
-        if is_pure and not node.users:
+        if not node.users and _is_pure(node, facts):
             graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node, facts: Facts) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    value = facts.values.get(node)
+    if node.target in _PURE or type(value) in (int, float):
+        return True
+    # An operation of torch's own; those of others may do what nobody sees.
+    name = getattr(node.target, "__name__", node.target)
+    is_foreign = isinstance(node.target, OpOverload | OpOverloadPacket | InMode | WithoutGrad)
+    gives_tensors = any(isinstance(item, TensorFact) for item in _flat(value))
+    is_still = not facts.written.get(node) and not str(name).endswith("_")
+    return gives_tensors and is_still and not is_foreign and name not in RANDOM_OPERATIONS

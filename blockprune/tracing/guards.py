@@ -15,37 +15,22 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from blockprune.errors import TraceError
+from blockprune.tracing.likeness import expect_like
 
 __all__ = [
     "GUARDS",
     "InMode",
     "WithoutGrad",
     "by_mode",
-    "expect_constant",
     "expect_device",
     "expect_distinct",
     "expect_dtype",
-    "expect_given",
-    "expect_length",
+    "expect_grad",
     "expect_rank",
     "expect_setting",
     "expect_size",
     "expect_state",
 ]
-
-
-def expect_constant(name: str, value: Any, expected: Any) -> None:
-    """Refuse a call whose argument `name` is not the constant that the graph was made with.
-
-    Raises:
-        TraceError: the value differs.
-    """
-    if isinstance(value, Tensor) or not (value is expected or value == expected):
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-        raise TraceError(
-            f"this ticket was cut with {name}={expected!r} and only knows that case; got {found}. "
-            f"Cut it again with example_inputs that pass {name} as you call it here."
-        )
 
 
 def expect_setting(name: str, value: Any, expected: Any) -> None:
@@ -99,32 +84,6 @@ def expect_rank(name: str, value: Any, expected: int) -> None:
         )
 
 
-def expect_given(name: str, value: Any) -> None:
-    """Refuse a call without a tensor that the graph was made with.
-
-    Raises:
-        TraceError: there is none.
-    """
-    if not isinstance(value, Tensor):
-        raise TraceError(
-            f"this ticket was cut with a tensor as {name} and only knows that case; got {value!r}. "
-            f"Cut it again with example_inputs that pass {name} as you call it here."
-        )
-
-
-def expect_length(name: str, value: Any, expected: int) -> None:
-    """Refuse a list or the like of another length than the graph was made with.
-
-    Raises:
-        TraceError: it is longer or shorter.
-    """
-    if len(value) != expected:
-        raise TraceError(
-            f"this ticket was cut with {expected} items in {name} and only knows that case; got "
-            f"{len(value)}. Cut it again with example_inputs like these."
-        )
-
-
 def expect_dtype(value: Tensor, allowed: Collection[torch.dtype], line: str) -> None:
     """Refuse a call in which a tensor is of a dtype that the graph was not tried with.
 
@@ -140,15 +99,29 @@ def expect_dtype(value: Tensor, allowed: Collection[torch.dtype], line: str) -> 
         )
 
 
-def expect_device(value: Tensor, expected: str, line: str) -> None:
-    """Refuse a call on another kind of device than the graph was made on.
+def expect_grad(value: Tensor, name: str, expected: bool, line: str) -> None:
+    """Refuse a call in which something else holds of the gradient of a tensor (`requires_grad`).
+
+    Raises:
+        TraceError: it does.
+    """
+    if bool(getattr(value, name)) is not expected:
+        raise TraceError(
+            f"this ticket was cut where {name} of a tensor is {expected} and only knows that case. "
+            f"The forward asks for it at {line}. Cut it again with example_inputs like these."
+        )
+
+
+def expect_device(value: Tensor, allowed: tuple[str, ...], line: str) -> None:
+    """Refuse a call on a kind of device that was not tried.
 
     Raises:
         TraceError: it is on another.
     """
-    if value.device.type != expected:
+    if value.device.type not in allowed:
+        known = " and ".join(map(repr, allowed))
         raise TraceError(
-            f"this ticket was cut on {expected!r} and only knows that case; got a tensor on "
+            f"this ticket only knows what the model does on {known}; got a tensor on "
             f"{value.device.type!r}. The forward asks for the device at {line}. Cut it again from "
             "a model, and with example_inputs, on that device."
         )
@@ -246,12 +219,11 @@ def by_mode(training: bool, in_eval: Any, in_train: Any) -> Any:
 
 GUARDS = frozenset(
     {
-        expect_constant,
         expect_device,
         expect_distinct,
         expect_dtype,
-        expect_given,
-        expect_length,
+        expect_grad,
+        expect_like,
         expect_rank,
         expect_setting,
         expect_size,

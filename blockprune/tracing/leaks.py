@@ -21,7 +21,7 @@ from blockprune.tracing.values import tensors_in
 __all__ = ["clear_caches", "uncached"]
 
 _CACHE: Any = type(functools.lru_cache(lambda: None))
-_LOOKED_INTO = frozenset({"_HashedSeq", "_lru_list_elem", "dict", "list", "tuple"})
+_LOOKED_INTO = frozenset({"Size", "_HashedSeq", "_lru_list_elem", "dict", "list", "tuple"})
 """Names of the types that a cache is made of, and that keys and results are nested in."""
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "ARGUMENTS_OF_TORCH",
     "CHANGES",
     "DATA",
+    "GRAD",
     "LAYOUTS",
     "LISTS",
     "RANK",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+GRAD = frozenset({"grad_fn", "is_leaf", "requires_grad"})
 DATA = frozenset(
     {
         "__array__",

@@ -34,6 +34,7 @@ from blockprune.tracing.operations import (
     ARGUMENTS_OF_TORCH,
     CHANGES,
     DATA,
+    GRAD,
     LAYOUTS,
     LISTS,
     RANK,
@@ -365,8 +366,10 @@ class _Recorder(TorchFunctionMode):
                 # torch makes an object of its own each time, by which it is known again.
                 step.result = self._know(value, (step, ()))
             return value
-        if name in ("requires_grad", "grad_fn", "is_leaf"):
-            self.reads.add("grad")
+        if name in GRAD:
+            step = Step(self.open[-1], (self._encode(tensor),), kind="read", func=name)
+            step.result, step.line = value is not None and value is not False, user_line()
+            self.open[-1].events.append(step)
         elif name in ("grad", "_version"):
             self.stop(f"reads the attribute {name!r} of a tensor")
         elif name in RANK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from blockprune.tracing.copying import (
     structural_copy,
     writes_weights,
 )
+from blockprune.tracing.devices import Elsewhere
 from blockprune.tracing.recorded import Invocation, Recording, Step, knowns
 from blockprune.tracing.recording import record
 from blockprune.tracing.state import State
@@ -173,6 +175,14 @@ class Runs:
         """Return the recording under the other grad state."""
         return self._attempt("no grad", self.call, train=False, grad=not self.grad)
 
+    def with_grad_of_inputs(self) -> Run | None:
+        """Return the recording in which the inputs require gradients."""
+
+        def required(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+        return self._attempt("grad of inputs", self.call.map(required), train=False, as_it_is=True)
+
     def under_autocast(self) -> Run | None:
         """Return the recording under autocast, or without it where it is on."""
         device = next((t.device.type for t in self.root.parameters()), "cpu")
@@ -191,6 +201,14 @@ class Runs:
             self.call.map(cast),
             train=train,
             convert=lambda model: model.to(dtype),
+        )
+
+    def on_device(self, kind: str) -> Run | None:
+        """Return the recording on another kind of device, without numbers."""
+        there = Elsewhere(kind)
+        call = self.call.map(there.tensor)
+        return self._attempt(
+            f"device {kind}", call, train=False, convert=there.model, under=there.entered
         )
 
     def shared_names(self, path: str) -> dict[str, str]:
@@ -295,6 +313,7 @@ class Runs:
         as_it_is: bool = False,
         seed: int = 0,
         convert: Callable[[nn.Module], nn.Module] | None = None,
+        under: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Run:
         def once(only: frozenset[str] | None) -> tuple[Recording, list[str]]:
             # A conversion writes into the parameters, so it gets some of its own.
@@ -305,16 +324,17 @@ class Runs:
             is_own = convert is not None or writes_weights(self.root)
             shared = [] if is_own else list(model.parameters())
             try:
-                found = record(
-                    model,
-                    given,
-                    train=train,
-                    grad=grad,
-                    sizes=sizes,
-                    state=None if only is None else state,
-                    keep_output=name == "eval",
-                    shared=shared,
-                )
+                with under():
+                    found = record(
+                        model,
+                        given,
+                        train=train,
+                        grad=grad,
+                        sizes=sizes,
+                        state=None if only is None else state,
+                        keep_output=name == "eval",
+                        shared=shared,
+                    )
                 return found, state.changed()
             finally:
                 state.restore()

@@ -36,6 +36,13 @@ class Truth:
     nested: dict[str, tuple[str, ...]]  # what goes with a branch, as it lies inside it
     reads_numbers: bool  # some forward does, which therefore is no graph
 
+    def may_be_found(self, name: str) -> bool:
+        """Whether a branch writes into x first, so that x may be taken to be what it has written.
+
+        The rest of the branch can go then, and what it writes stays.
+        """
+        return "mutates_shortcut" in self.refused.get(name.partition("#")[0], ())
+
 
 def _reads_numbers(parts: tuple[Part, ...]) -> bool:
     return any(
@@ -105,7 +112,8 @@ def _parameters_behind_the_write(parts: tuple[Part, ...]) -> bool:
 def _is_open(unit: Unit) -> bool:
     """Whether the branch writes into x, and the shortcut is taken from x afterwards."""
     writes = not unit.masked and not unit.begins and _writes_into_input(unit.branch)
-    return writes and unit.shortcut in ("module", "empty", "clone")
+    # An empty Sequential hands on the very tensor that was written into.
+    return writes and unit.shortcut in ("module", "clone")
 
 
 def _defects(unit: Unit) -> frozenset[str]:
