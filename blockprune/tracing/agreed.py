@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from blockprune.tracing.agreement import (
     replaced,
     with_keys,
 )
-from blockprune.tracing.calls import Binding, Call, bind, constants_of
+from blockprune.tracing.calls import Binding, Call, bind, constants_of, is_constant
 from blockprune.tracing.devices import DEVICES
 from blockprune.tracing.facts import Facts
 from blockprune.tracing.graphs import ByMode, Check, Finfo, Flag, Setting, graph_of
@@ -39,15 +40,18 @@ from blockprune.tracing.guards import (
     expect_device,
     expect_distinct,
     expect_dtype,
+    expect_function,
     expect_grad,
     expect_rank,
     expect_setting,
     expect_state,
+    name_of,
 )
 from blockprune.tracing.operations import GRAD
 from blockprune.tracing.places import module_of
 from blockprune.tracing.recorded import Field, Invocation, Known, Step, knowns
 from blockprune.tracing.runs import DTYPES, Run, Runs
+from blockprune.tracing.state import names_in_code
 
 __all__ = ["Agreement"]
 
@@ -122,7 +126,7 @@ class Agreement:
         )
         if not all(condition() for condition in conditions):
             return False
-        self._bind_settings()
+        self._fix_settings()
         return True
 
     # --- lines ----------------------------------------------------------------------------------
@@ -498,46 +502,24 @@ class Agreement:
             self.called[path] = f"its forward goes by the argument {binding.name!r}"
         return None if callable_ones else False
 
-    def _bind_settings(self) -> None:
-        """Bind numbers that are attributes of a module: users may set them in the ticket too.
-
-        Where a number is computed with before torch sees it, a guard keeps it as it was.
-        """
-        fixed: dict[tuple[str, str], None] = {}
-        in_train = next((pair for pair in self.twins if pair[0].mode == "train"), None)
-        for like, before in ((self.runs.main, self.main), *([in_train[:2]] if in_train else [])):
-            run = self.runs.with_settings(like)
-            if run is None or not run.by_path.get(self.path):
+    def _fix_settings(self) -> None:
+        """Guard the plain attributes that a forward may go by: users may set them in the ticket."""
+        prefix = f"{self.path}." if self.path else ""
+        for path in dict.fromkeys([self.path, *(line.path for line in self.main.lines)]):
+            if not (path == self.path or path.startswith(prefix)):
                 continue
-            culprits, variations, _ = compare(before, self._lines(run, 0))
-            owners = {before.lines[found.line].path for found in variations} | culprits.keys()
-            free = set()
-            for found in variations:
-                setting = self._setting_in(before.lines[found.line].path, found)
-                if setting is None:
-                    continue
-                free.add((setting.path, setting.name))
-                if before is self.main:
-                    self._bind([(found, setting)])
-                elif self._is_of_a_fork(found.line):
-                    _put(before.lines[found.line], found.where, setting)
-            fixed |= {
-                key: None for key in self.runs.settings if key[0] in owners and key not in free
-            }
-        for path, name in fixed:
-            value, _ = self.runs.settings[path, name]
-            place = f"{path}.{name}".lstrip(".")
-            check = Check(expect_setting, (place, Setting(path, name, value), value))
-            self.checks.setdefault(-1, []).append(check)
-
-    def _is_of_a_fork(self, number: int) -> bool:
-        return any(number in range(*fork.theirs) for fork in self.forks)
-
-    def _setting_in(self, path: str, found: Variation) -> Setting | None:
-        for (owner, name), values in self.runs.settings.items():
-            if owner == path and (found.ours, found.theirs) == values:
-                return Setting(path, name, values[0])
-        return None
+            module = self.runs.root.get_submodule(path)
+            for name in sorted(names_in_code(module) & vars(module).keys()):
+                value = vars(module)[name]
+                if isinstance(value, FunctionType | BuiltinFunctionType):
+                    guard, expected = expect_function, name_of(value)
+                elif name != "training" and type(value) is not float and is_constant(value):
+                    guard, expected = expect_setting, value
+                else:
+                    continue  # Numbers with a fraction are followed.
+                place = f"{path}.{name}".lstrip(".")
+                check = Check(guard, (place, Setting(path, name, value), expected))
+                self.checks.setdefault(-1, []).append(check)
 
     def _reads(self, what: str) -> list[int]:
         lines = enumerate(self.main.lines)

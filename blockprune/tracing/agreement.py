@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockprune.tracing.calls import Binding
 from blockprune.tracing.recorded import Attribute, Built, Field, Invocation, Known, Step
@@ -202,10 +202,14 @@ class Lines:
 
     def relative(self, name: str) -> str:
         """Return the name within the module of a qualified one."""
+        path, _, attribute = name.rpartition(".")
+        if name not in self.shared and path in self.shared:
+            return f"{self.shared[path]}.{attribute}"
         return self.shared.get(name) or name.removeprefix(self._prefix)
 
     def _holds(self, name: str) -> bool:
-        return name in self.shared or name.startswith(self._prefix)
+        is_shared = name in self.shared or name.rpartition(".")[0] in self.shared
+        return is_shared or name.startswith(self._prefix)
 
     def _add(self, line: Line) -> None:
         line.args = self._refer(line.event.args, line.path)
@@ -323,8 +327,8 @@ def _fork(ours: Lines, theirs: Lines, a: int, b: int) -> Fork | None:
 
 
 def _may_be_of_one_mode(line: Line) -> bool:
-    is_rank = line.kind == "guard" and line.func is Tensor.dim
-    return is_rank or line.kind in ("call", "module", "read")
+    is_guard = line.kind == "guard" and line.func is not len
+    return is_guard or line.kind in ("call", "module", "read")
 
 
 def _label(line: Line) -> Any:

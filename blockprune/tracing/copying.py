@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -157,10 +158,46 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if type(value) in (dict, OrderedDict, set) and not value:
                 memo.setdefault(id(value), type(value)())
     try:
-        return copy.deepcopy(model, memo)
+        copied: nn.Module = copy.deepcopy(model, memo)
+        for module in copied.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value.__closure__:
+                    vars(module)[name] = _rebound(value, memo)
+        return copied
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). "
             "blockprune never works on your own object, so the model must support "
             "copy.deepcopy: move locks, files, generators and the like out of its modules."
         ) from error
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Return a function whose variables from around it are the copies of what they were.
+
+    `copy.deepcopy` hands on a lambda as it is, which then runs modules of the model itself.
+    """
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            value = None  # not assigned yet
+        is_held = isinstance(value, nn.Module | Tensor | MethodType)
+        is_function = isinstance(value, FunctionType) and value.__closure__
+        if is_held and (not isinstance(value, MethodType) or id(value.__self__) in memo):
+            cells.append(CellType(copy.deepcopy(value, memo)))
+        elif is_function and value is not function:
+            cells.append(CellType(_rebound(value, memo)))
+        else:
+            cells.append(cell)
+    bound = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells),
+    )
+    bound.__kwdefaults__, bound.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(bound).update(vars(function))
+    return bound

@@ -51,7 +51,7 @@ class Setting:
 
     path: str
     name: str
-    value: float
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +231,8 @@ class _Writer:
 
     def _write_in_mode(self, source: int | Theirs, line: Line, path: str, *, train: bool) -> None:
         event = line.event
-        if line.kind == "guard":
-            return  # of a rank, which is known from those of the arguments
+        if line.kind == "guard" and line.func is Tensor.dim:
+            return  # known from the ranks of the arguments
         args, kwargs = self._argument(line.args), self._argument(line.kwargs)
         if line.kind == "read":
             target: Any = getattr
@@ -247,6 +247,11 @@ class _Writer:
             target = _named(target)
         self.modes[source] = path, train
         node = self._made_in_mode(source, target, args, kwargs)
+        if line.kind == "guard" and isinstance(event, Step):
+            what = event.text, node, event.result, event.line, ()
+            self.facts.values[node] = event.result
+            self.facts.values[self._made_in_mode(source, expect_size, what)] = None
+            return
         self.nodes[source, ()] = node
         self._note(node, source)
 

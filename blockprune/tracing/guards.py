@@ -25,11 +25,13 @@ __all__ = [
     "expect_device",
     "expect_distinct",
     "expect_dtype",
+    "expect_function",
     "expect_grad",
     "expect_rank",
     "expect_setting",
     "expect_size",
     "expect_state",
+    "name_of",
 ]
 
 
@@ -44,6 +46,25 @@ def expect_setting(name: str, value: Any, expected: Any) -> None:
             f"this ticket was cut with {name}={expected!r}, which its graph was computed with; got "
             f"{value!r}. Set it in the dense model and cut that again."
         )
+
+
+def expect_function(name: str, value: Any, expected: str) -> None:
+    """Refuse a call for which the attribute `name` of a module is another function.
+
+    Raises:
+        TraceError: it is.
+    """
+    if name_of(value) != expected:
+        raise TraceError(
+            f"this ticket was cut with {name}={expected}, which its graph was computed with; got "
+            f"{name_of(value)}. Set it in the dense model and cut that again."
+        )
+
+
+def name_of(value: Any) -> str:
+    """Return the qualified name of a function; that of the class of anything else."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def expect_size(
@@ -222,12 +243,15 @@ GUARDS = frozenset(
         expect_device,
         expect_distinct,
         expect_dtype,
+        expect_function,
         expect_grad,
         expect_like,
         expect_rank,
         expect_setting,
         expect_size,
         expect_state,
+        InMode(expect_size, False),
+        InMode(expect_size, True),
         torch._assert,
         torch._assert_async,
     }

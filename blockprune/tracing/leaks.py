@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from blockprune.tracing.sizes import SIZES
+from blockprune.tracing.sizes import SIZES, plain
 from blockprune.tracing.values import tensors_in
 
 __all__ = ["clear_caches", "uncached"]
@@ -69,6 +69,9 @@ def _computing(cache: Any) -> Callable[..., Any]:
             value = cache.__wrapped__(*args, **kwargs)
             if not any(True for _ in tensors_in(value)):
                 return value
+            # Sizes are never among the keys: what others find in the cache is as they left it.
+            hash((args, *kwargs.items()))
+            return cache(*plain(args), **plain(kwargs))
         return cache(*args, **kwargs)
 
     for name in ("cache_clear", "cache_info", "cache_parameters"):

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import math
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -70,6 +71,7 @@ __all__ = ["record"]
 # As they are before a recorder stands in their place.
 _autocast_enabled = torch.is_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
+_autocast_entered = torch.autocast_increment_nesting
 
 
 def record(
@@ -149,6 +151,7 @@ class _Recorder(TorchFunctionMode):
         self.are_sizes_kept = False
         self.no_grad: list[bool] = []
         self.handles: list[Any] = []
+        self.settings: list[tuple[dict[str, Any], str, Any]] = []
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -160,8 +163,11 @@ class _Recorder(TorchFunctionMode):
         top.args, top.kwargs = self._encode(args), self._encode(kwargs)
         _note_state(top)
         for path, module in self.model.named_modules():
+            name = (self.prefix + path).rstrip(".")
+            if self.sizes and not (path and self._is_leaf(name, module)):
+                self._follow_settings(name, module)
             if path:
-                self._hook(self.prefix + path, module)
+                self._hook(name, module)
         with self:
             value = self.model(*args, **kwargs)
             with torch._C.DisableTorchFunction():
@@ -174,6 +180,9 @@ class _Recorder(TorchFunctionMode):
         self.is_closed = True
         if self.are_sizes_kept:
             clear_caches()
+        for attributes, name, followed in self.settings:
+            if attributes.get(name) is followed:
+                attributes[name] = plain(followed)
         for handle in self.handles:
             handle.remove()
         self.held.clear()
@@ -217,11 +226,21 @@ class _Recorder(TorchFunctionMode):
                 if reader is not None:
                     before.append((holder, name, reader))
                     setattr(holder, name, self._noting(reader, what, thread))
+        before.append((torch, "autocast_increment_nesting", torch.autocast_increment_nesting))
+        torch.autocast_increment_nesting = self._entering_autocast(thread)
         try:
             yield
         finally:
             for holder, name, reader in before:
                 setattr(holder, name, reader)
+
+    def _entering_autocast(self, thread: int) -> Callable[[], int]:
+        def enter() -> int:
+            if threading.get_ident() == thread and not self.in_leaf:
+                self.stop("changes the autocast mode inside its forward")
+            return _autocast_entered()
+
+        return enter
 
     def _noting(self, reader: Callable[..., Any], what: str, thread: int) -> Callable[..., Any]:
         def read(*args: Any, **kwargs: Any) -> Any:
@@ -240,8 +259,20 @@ class _Recorder(TorchFunctionMode):
 
     # --- modules --------------------------------------------------------------------------------
 
+    def _is_leaf(self, path: str, module: nn.Module) -> bool:
+        return path in self.leaves or is_operation(module)
+
+    def _follow_settings(self, path: str, module: nn.Module) -> None:
+        """Follow numbers that are attributes of a module, as sizes are: users may set them."""
+        for name, value in list(vars(module).items()):
+            if type(value) is float and math.isfinite(value):
+                place = f"{path}.{name}".lstrip(".")
+                known = Known(value, origins=[(Attribute(place), ())])
+                vars(module)[name] = sized(value, place, known, self)
+                self.settings.append((vars(module), name, vars(module)[name]))
+
     def _hook(self, path: str, module: nn.Module) -> None:
-        leaf = path in self.leaves or is_operation(module)
+        leaf = self._is_leaf(path, module)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.in_leaf:

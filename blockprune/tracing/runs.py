@@ -66,7 +66,6 @@ class Runs:
         self.grad = True
         self.main = self._first()
         self.merging = self._merging()
-        self.settings = self._settings()
 
     @property
     def expected(self) -> list[Tensor]:
@@ -94,15 +93,6 @@ class Runs:
                 found = skipped & other.by_path.keys()
                 run.by_path.update({path: other.by_path[path] for path in found})
                 run.recording.stopped.update(other.recording.stopped)
-
-    def _settings(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """Return the numbers that are attributes of modules with merges, and others to try."""
-        found: dict[tuple[str, str], tuple[float, float]] = {}
-        for path in sorted(self.merging):
-            for name, value in vars(self.root.get_submodule(path)).items():
-                if type(value) is float and value == value:
-                    found[path, name] = value, value * 0.5 + 0.25 / (len(found) + 2)
-        return found
 
     def alike(self) -> Run | None:
         """Return the recording in train mode, of as many samples as the example has."""
@@ -250,20 +240,6 @@ class Runs:
         )
         return Run("other arguments", "eval", found, _by_path(found))
 
-    def with_settings(self, like: Run) -> Run | None:
-        """Return a recording as `like`, with other values of the settings."""
-        if not self.settings:
-            return None
-
-        def change(model: nn.Module) -> nn.Module:
-            for (path, name), (_, new) in self.settings.items():
-                setattr(model.get_submodule(path), name, new)
-            return model
-
-        call = other_batch(self.call) if like.name == "train" else self.call
-        name = f"{like.name} with other settings"
-        return self._attempt(name, call, train=like.mode == "train", convert=change)
-
     # --- one run --------------------------------------------------------------------------------
 
     def _first(self) -> Run:
@@ -323,6 +299,7 @@ class Runs:
             state = State(model, [*enumerate(given.args), *given.kwargs.items()], only)
             is_own = convert is not None or writes_weights(self.root)
             shared = [] if is_own else list(model.parameters())
+            before = [(weight, weight.grad) for weight in shared]
             try:
                 with under():
                     found = record(
@@ -333,11 +310,13 @@ class Runs:
                         sizes=sizes,
                         state=None if only is None else state,
                         keep_output=name == "eval",
-                        shared=shared,
+                        shared=[*shared, *(held for _, held in before if held is not None)],
                     )
                 return found, state.changed()
             finally:
                 state.restore()
+                for weight, held in before:
+                    weight.grad = held
 
         try:
             found, changed = once(None)

@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import pickle
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blockprune.tracing.sizes import SIZES, plain
 from blockprune.tracing.values import TensorFact
 
-__all__ = ["Cell", "State", "surroundings_kept"]
+__all__ = ["Cell", "State", "names_in_code", "surroundings_kept"]
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
@@ -132,6 +134,7 @@ def _attributes_of(module: nn.Module) -> Callable[[], Any]:
 
 def _deep(value: Any) -> Any:
     """Return a value that differs when the state of `value` does, through all that it holds."""
+    value = plain(value) if type(value) in SIZES else value
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, torch.Generator):
@@ -190,6 +193,30 @@ def _code_cells(model: nn.Module) -> Iterator[Cell]:
     yield from _named_by(functions)
 
 
+def names_in_code(module: nn.Module) -> set[str]:
+    """Return the names in the code that the forward of a module, and what it calls, consists of."""
+    forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
+    pending, seen, found = [forward], set[Any](), set[str]()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):
+                pending.append(cell.cell_contents)
+        for name in _names(function.__code__):
+            found.add(name)
+            method = inspect.getattr_static(type(module), name, None)
+            method = getattr(method, "fget", None) or getattr(method, "__func__", method)
+            called = function.__globals__.get(name)
+            for value in (method, called, vars(module).get(name)):
+                value = inspect.unwrap(value) if callable(value) else value
+                if isinstance(value, FunctionType) and not _is_foreign(value.__module__):
+                    pending.append(value)
+    return found
+
+
 def _named_by(functions: list[FunctionType]) -> Iterator[Cell]:
     seen: set[int] = set()
     while functions:
@@ -197,17 +224,31 @@ def _named_by(functions: list[FunctionType]) -> Iterator[Cell]:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        for name in _names(function.__code__):
+        names = [*_names(function.__code__)]
+        spaces = [function.__globals__]
+        for name in names:
             value = function.__globals__.get(name)
+            if isinstance(value, ModuleType) and not _is_foreign(value.__name__):
+                spaces.append(vars(value))
+        for space, name in itertools.product(spaces, names):
+            value = space.get(name)
             called = inspect.unwrap(value) if callable(value) else value
-            if isinstance(called, FunctionType) and called.__module__ == function.__module__:
+            if isinstance(called, FunctionType) and not _is_foreign(called.__module__):
                 functions.append(called)
-            key = (id(function.__globals__), name)
-            if value is not None and hash(key) not in seen:
-                seen.add(hash(key))
-                holder = sys.modules.get(function.__module__)
-                if holder is not None and vars(holder) is function.__globals__:
+            key = hash((id(space), name))
+            if value is not None and key not in seen:
+                seen.add(key)
+                holder = sys.modules.get(space.get("__name__", ""))
+                if holder is not None and vars(holder) is space:
                     yield from _cell(f"the global {name!r}", holder, name, value)
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        for value in defaults:
+            if type(value) in _CONTAINERS:
+                read = functools.partial(_shallow, value)
+                yield Cell(f"a default of {function.__name__!r}", read, _put_back(value))
+        held = vars(function)
+        read = functools.partial(_shallow, held)
+        yield Cell(f"the attributes of {function.__name__!r}", read, _put_back(held))
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
@@ -216,6 +257,12 @@ def _named_by(functions: list[FunctionType]) -> Iterator[Cell]:
                 if isinstance(inner, FunctionType):
                     functions.append(inner)
                 yield from _cell(f"the variable {name!r}", cell, "cell_contents", inner)
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether a module is of torch, or of Python itself: its globals are not a model's."""
+    library = (module or "").partition(".")[0]
+    return library in ("torch", "numpy") or library in sys.stdlib_module_names
 
 
 def _names(code: Any) -> Iterator[str]:
@@ -235,7 +282,9 @@ def _cell(name: str, holder: Any, attribute: str, value: Any) -> Iterator[Cell]:
                 value.cache_clear()
 
         yield Cell(f"the cache of {name}", lambda: value.cache_info().currsize, clear)
-    elif type(value) in _CONTAINERS or isinstance(value, (*_GENERATORS, *_PLAIN, Tensor)):
+    elif type(value) in _CONTAINERS or isinstance(
+        value, (*_GENERATORS, *_PLAIN, Tensor, np.ndarray)
+    ):
         put_back = _put_back(value)
 
         def restore() -> None:
@@ -248,6 +297,15 @@ def _cell(name: str, holder: Any, attribute: str, value: Any) -> Iterator[Cell]:
             put_back()
 
         yield Cell(name, lambda: _shallow(getattr(holder, attribute, None)), restore)
+    elif _is_plain_object(value):
+        yield Cell(name, lambda: _shallow(vars(value)), _put_back(vars(value)))
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is an object of a class of a user's, which holds state and nothing else."""
+    kinds = nn.Module, ModuleType, type, Tensor
+    is_other = isinstance(value, kinds) or callable(value) or not hasattr(value, "__dict__")
+    return not is_other and not _is_foreign(type(value).__module__)
 
 
 def _shallow(value: Any) -> Any:
@@ -258,34 +316,49 @@ def _shallow(value: Any) -> Any:
         return id(value), value.get_state().numpy().tobytes()
     if isinstance(value, _GENERATORS):
         return id(value), _deep(value)
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes() if not value.dtype.hasobject else None
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
     if isinstance(value, dict):
-        return id(value), [(id(key), id(item)) for key, item in value.items()]
+        return id(value), [(id(key), _item(item)) for key, item in value.items()]
     if isinstance(value, _CONTAINERS):
-        return id(value), [
-            (type(item), item) if isinstance(item, _PLAIN) else id(item) for item in value
-        ]
+        return id(value), [_item(item) for item in value]
     return id(value)
 
 
+def _item(value: Any) -> Any:
+    """Return a value that differs when an item of a container is another, or was written into."""
+    is_nested = isinstance(value, (*_CONTAINERS, *_PLAIN, Tensor, np.ndarray))
+    return _shallow(value) if is_nested else id(value)
+
+
 def _put_back(value: Any) -> Callable[[], None]:
-    """Return what restores a container or generator to what it holds now."""
+    """Return what restores a container, a generator, a tensor or an array to what it holds now."""
     if isinstance(value, dict):
-        items = dict(value)
+        items, shallow, within = dict(value), _shallow(value), _within(value.values())
 
         def fill() -> None:
-            if value != items:
+            if _shallow(value) != shallow:
                 value.clear()
                 value.update(items)
+            within()
 
         return _quietly(fill)
     if isinstance(value, list | deque | set):
-        kept = list(value)
+        kept, within = list(value), _within(value)
 
         def refill() -> None:
             value.clear()
             (value.update if isinstance(value, set) else value.extend)(kept)
+            within()
 
         return _quietly(refill)
+    if isinstance(value, Tensor):
+        return _rewritten(value)
+    if isinstance(value, np.ndarray):
+        numbers = value.copy()
+        return _quietly(lambda: np.copyto(value, numbers))
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
     if isinstance(value, np.random.Generator):
@@ -305,6 +378,34 @@ def _put_back(value: Any) -> Callable[[], None]:
 
         return rewind
     return lambda: None
+
+
+def _within(values: Iterable[Any]) -> Callable[[], None]:
+    """Return what restores the containers, tensors and arrays among values."""
+    kinds = (*_CONTAINERS, Tensor, np.ndarray)
+    changes = [_put_back(value) for value in values if isinstance(value, kinds)]
+
+    def change() -> None:
+        for each in changes:
+            each()
+
+    return change
+
+
+def _rewritten(tensor: Tensor) -> Callable[[], None]:
+    """Return what writes the numbers of a tensor into it again, where others were."""
+    try:
+        version, numbers = tensor._version, tensor.detach().clone()
+    except RuntimeError:
+        # A tensor of inference mode counts no versions.
+        return lambda: None
+
+    def write() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(numbers)
+
+    return _quietly(write)
 
 
 def _quietly(change: Callable[[], None]) -> Callable[[], None]:

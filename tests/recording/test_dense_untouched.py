@@ -7,9 +7,11 @@ a cut and a pruning, the model and all that is global are bit for bit what they 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -375,3 +377,111 @@ def test_hooks_neither_run_nor_vanish() -> None:
     assert (forward.calls, before.calls, backward.calls) == (0, 0, 0)
     model(x.requires_grad_()).sum().backward()
     assert (forward.calls, before.calls, backward.calls) == (1, 1, 2)
+
+
+TABLE: dict[str, Any] = {"last": torch.zeros(1), "counts": {"calls": 0}}
+MEAN = torch.zeros(())
+NUMBERS = np.zeros(2)
+
+
+class Record:
+    calls = 0
+
+
+RECORD = Record()
+
+
+class OfTheWorld(Block):
+    """Keeps what it saw where other code finds it."""
+
+    kept: ClassVar[dict[str, Tensor]] = {"last": torch.zeros(1)}
+
+    def forward(self, x: Tensor, mask: Any = None, seen: list[int] = []) -> Tensor:  # noqa: B006
+        TABLE["last"] = self.kept["last"] = x.detach().mean()
+        TABLE["counts"]["calls"] += 1
+        MEAN.mul_(0.9).add_(x.detach().mean())
+        NUMBERS[0] += 1
+        RECORD.calls += 1
+        seen.append(1)
+        noted.calls = getattr(noted, "calls", 0) + 1  # type: ignore[attr-defined]
+        noted()
+        return x + self.f(x)
+
+
+def noted() -> None:
+    """Do nothing; it is what it carries that counts."""
+
+
+def world() -> Any:
+    """Return all that `OfTheWorld` writes into."""
+    tensors = TABLE["last"], OfTheWorld.kept["last"], MEAN
+    numbers = NUMBERS.tolist(), RECORD.calls, getattr(noted, "calls", 0)
+    return (
+        [float(t) for t in tensors],
+        dict(TABLE["counts"]),
+        numbers,
+        OfTheWorld.forward.__defaults__,
+    )
+
+
+@pytest.mark.parametrize("use", [find, remove, score])
+def test_what_is_outside_the_model_is_put_back(use: Use) -> None:
+    model = nn.Sequential(OfTheWorld(), Block(), OfTheWorld())
+    before = copy.deepcopy(world())
+    carried_out(use, model, features())
+    assert world() == before
+
+
+class Closure(Block):
+    """Calls its modules by a function that remembers the block it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.normed = lambda x: self.f(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        return x + self.normed(x)
+
+
+@pytest.mark.parametrize("use", [find, remove, score])
+def test_a_function_that_remembers_modules_runs_those_of_the_copy(use: Use) -> None:
+    model = nn.Sequential(Closure(), Block(), Closure())
+    with untouched(model):
+        carried_out(use, model, features())
+
+
+class Backward(Block):
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        with torch.enable_grad():
+            self.f(x.detach()).sum().backward()
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_backward_pass_in_a_forward_leaves_no_gradients(has_gradients: bool) -> None:
+    model = nn.Sequential(Backward(), Block(), Backward())
+    if has_gradients:
+        model(features())
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    carried_out(find, model, features())
+    for weight, gradient in zip(model.parameters(), before, strict=True):
+        assert (weight.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(weight.grad, gradient)
+
+
+@functools.cache
+def table(length: int) -> Tensor:
+    return torch.rand(length, 1)
+
+
+class Cached(Block):
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        return x + self.f(x * table(x.shape[1]))
+
+
+def test_a_cache_that_is_filled_keeps_what_it_holds() -> None:
+    model = nn.Sequential(Cached(), Block())
+    before = model(features()), model(features(2, 4))
+    carried_out(find, model, features(3, 6))
+    assert all(map(torch.equal, before, (model(features()), model(features(2, 4)))))

@@ -189,19 +189,61 @@ class OwnRate(nn.Module):
 
 @pytest.mark.parametrize("how", ["dropout", "depth", "factor"])
 @pytest.mark.parametrize("preserve_root", [False, True])
-def test_a_setting_of_a_block_acts_or_is_refused(how: str, preserve_root: bool) -> None:
-    """A block that became part of a graph has no rate that could be set without effect."""
+def test_a_rate_of_a_block_acts(how: str, preserve_root: bool) -> None:
+    """Also where the function computes with it before torch sees it."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[OwnRate(how) for _ in range(3)])
     expected = reference(model, "2.f")
     ticket = blockprune.remove_blocks(model, "2", features(), preserve_root=preserve_root)
-    assert_alike(ticket, expected, Trial(features(4), True))
-    if how == "depth":
-        # The function computes with it before torch sees it.
-        setting("p", 0.8)(ticket)
-        with pytest.raises(TraceError, match=r"cut with [12]\.p=0\.1, .*; got 0\.8"):
-            ticket(features(4))
+    for prepare in (setting("p", 0.1), setting("p", 0.8)):
+        assert_alike(ticket, expected, Trial(features(4), True, prepare=prepare))
+
+
+class Own(nn.Module):
+    """A block with settings of many kinds, of which it uses one."""
+
+    def __init__(self, act: Callable[[Own, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+        self.act = act
+        self.rate, self.limit, self.off, self.quarter = 0.3, 0.05, 0.0, 0.25
+        self.shift, self.whole_rate, self.is_on, self.how = 1, 0, True, "a"
+        self.maybe: float | None = None
+        self.weights, self.function = [0.5, 2.0], torch.tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.act(self, x))
+
+
+USED: dict[str, tuple[Callable[[Own, Tensor], Tensor], str, Any]] = {
+    "as_it_is": (lambda m, x: x * m.rate, "rate", 2.0),
+    "computed_with": (lambda m, x: x * (1 - m.rate), "rate", 2.0),
+    "both": (lambda m, x: x.clamp(-m.limit, m.limit), "limit", 2.0),
+    "what_a_probe_would_miss": (lambda m, x: x * m.quarter, "quarter", 0.5),
+    "compared": (lambda m, x: x * 2 if m.rate > 0 else x, "rate", 0.0),
+    "compared_with_nothing": (lambda m, x: x * (m.off or 1.0), "off", 3.0),
+    "whole": (lambda m, x: x.roll(m.shift, 1), "shift", 2),
+    "whole_rate": (lambda m, x: functional.dropout(x, m.whole_rate), "whole_rate", 0.9),
+    "flag": (lambda m, x: x * 2 if m.is_on else x, "is_on", False),
+    "text": (lambda m, x: x * 2 if m.how == "a" else x, "how", "b"),
+    "none": (lambda m, x: x if m.maybe is None else x * m.maybe, "maybe", 3.0),
+    "list": (lambda m, x: x * m.weights[0], "weights", [2.0, 2.0]),
+    "function": (lambda m, x: m.function(x), "function", torch.sigmoid),
+}
+
+
+@pytest.mark.parametrize("how", USED)
+def test_any_setting_acts_or_is_refused(how: str) -> None:
+    act, name, value = USED[how]
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[Own(act) for _ in range(3)])
+    ticket, expected = blockprune.remove_blocks(model, "2", features()), reference(model, "2.f")
+    before = getattr(model[1], name)
+    assert_alike(ticket, expected, Trial(features(4), prepare=setting(name, before)))
+    later = Trial(features(4), prepare=setting(name, value))
+    if type(before) is float and "compared" not in how:
+        assert_alike(ticket, expected, later)
         return
-    assert_alike(ticket, expected, Trial(features(4), True, prepare=setting("p", 0.8)))
+    with pytest.raises(TraceError, match=rf"\.{name}\b"):
+        assert_alike(ticket, expected, later)
 
 
 def test_a_weight_that_is_changed_or_replaced_acts() -> None:
