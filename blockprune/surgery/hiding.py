@@ -74,6 +74,8 @@ def other_calls(call: Call) -> list[list[Call]]:
     They have another batch size, other image or sequence sizes, and other values, masks above all;
     the more of these at once, the sooner they are tried.
     """
+    if not all(tensor.layout == torch.strided for tensor in _tensors(call)):
+        return []  # A sparse tensor cannot be cut and joined.
     size = next((t.shape[0] for t in _tensors(call) if t.dim()), 0)
     batch, *others = [batch for batch in (2, 1, 3) if batch != size]
     of_batch = _of_batch(call, size, batch)
@@ -93,7 +95,12 @@ def _tensors(call: Call) -> Iterator[Tensor]:
 
 def doubled(call: Call) -> Call:
     """Return the call with twice the samples: one value a channel cannot be normalised."""
-    return call.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor)
+
+    def twice(tensor: Tensor) -> Tensor:
+        has_samples = tensor.dim() > 0 and tensor.layout == torch.strided
+        return torch.cat([tensor, tensor]) if has_samples else tensor
+
+    return call.map(twice)
 
 
 def shapes_of(call: Call) -> str:

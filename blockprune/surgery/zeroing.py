@@ -43,7 +43,7 @@ def follow(
 
 
 def _run(
-    interpreter: Interpreter, module: nn.Module, graph: fx.Graph, *args: Any, **kw: Any
+    interpreter: Interpreter, module: nn.Module, graph: fx.Graph, /, *args: Any, **kw: Any
 ) -> Any:
     return interpreter(module, graph=graph).run_call(Call(args, kw))
 

@@ -28,7 +28,9 @@ from blockprune.tracing.agreement import (
     Variation,
     compare,
     in_our_lines,
+    is_of_settings,
     mapped,
+    may_be_of_one_mode,
     replaced,
     with_keys,
 )
@@ -81,7 +83,7 @@ class Agreement:
         self.twins: list[tuple[Run, Lines, dict[int, int]]] = []
         self.checks: dict[int, list[Check]] = {}
         self.bound: dict[tuple[int, tuple[Any, ...]], Any] = {}
-        self.free: set[str] = set()
+        self.free: dict[str, bool] = {}
         self.forks: list[Fork] = []
         self.is_narrow = False
 
@@ -111,7 +113,8 @@ class Agreement:
     def _agrees(self) -> bool:
         """Compare all recordings; whether no more modules have to be called."""
         known = len(self.called)
-        self.twins, self.checks, self.bound, self.free = [], {}, {}, set()
+        self.twins, self.checks, self.bound, self.free = [], {}, {}, {}
+        self.forks = []
         self._prefer_calls()
         if len(self.called) > known:
             return False
@@ -159,7 +162,8 @@ class Agreement:
         """Call modules in which a size leaves the record, where no merge is lost by it."""
         asking: dict[str, str] = {}
         for line in self.main.lines:
-            if line.kind == "guard" and line.func is not torch.Tensor.dim:
+            is_guard = line.kind == "guard" and line.func is not torch.Tensor.dim
+            if is_guard and not is_of_settings(line):
                 asking.setdefault(line.path, line.code)
         for path, code in asking.items():
             if self._is_better_called(path):
@@ -219,14 +223,14 @@ class Agreement:
         run: Run,
         explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
         reason: str,
-        forks: list[Fork] | None = None,
+        may_fork: Callable[[Line], bool] | None = None,
     ) -> tuple[Run, Lines, dict[int, int]] | None:
         """Bind what varies in `run`; None where modules have to be called first.
 
         Raises:
             TraceError: the forward of the module itself differs.
         """
-        culprits, twins, lines, bound = self._differences(run, explain, forks=forks)
+        culprits, twins, lines, bound = self._differences(run, explain, may_fork=may_fork)
         for path, code in culprits.items():
             if path in self.runs.merging and not self.is_narrow and self.runs.alike() is not None:
                 self.is_narrow = True
@@ -243,12 +247,13 @@ class Agreement:
         explain: Callable[[Lines, Lines, Mapping[int, int], Variation], Any],
         *,
         loose: bool = False,
-        forks: list[Fork] | None = None,
+        may_fork: Callable[[Line], bool] | None = None,
     ) -> tuple[dict[str, str], dict[int, int], Lines, list[tuple[Variation, Any]]]:
         if not run.by_path.get(self.path):
             raise TraceError("is not called as often in every run")
         lines = self._lines(run, 0)
-        culprits, variations, twins = compare(self.main, lines, loose=loose, forks=forks)
+        forking: Any = {"forks": self.forks, "may_fork": may_fork} if may_fork else {}
+        culprits, variations, twins = compare(self.main, lines, loose=loose, **forking)
         bound = []
         for variation in variations:
             line = self.main.lines[variation.line]
@@ -285,9 +290,11 @@ class Agreement:
     def _agrees_always(self) -> bool:
         """Whether the recordings in another mode and of other batch sizes agree."""
         for run in self.runs.always():
-            explain = _flag if run.mode == "train" else _nothing
+            in_train = run.mode == "train"
+            explain = _flag if in_train else _nothing
+            self.forks = [] if in_train else self.forks
             try:
-                twins = self._agree(run, explain, _MODE)
+                twins = self._agree(run, explain, _MODE, is_of_settings if in_train else None)
             except TraceError:
                 # Where the module merges nothing itself, its children do as well.
                 if self.path not in self.runs.merging or self.runs.alike() is None:
@@ -305,7 +312,7 @@ class Agreement:
         run = self.runs.alike()
         assert run is not None
         self.forks = []
-        twins = self._agree(run, _by_mode, _MODE, forks=self.forks)
+        twins = self._agree(run, _by_mode, _MODE, may_be_of_one_mode)
         if twins is None:
             return False
         self.twins.append(twins)
@@ -459,34 +466,40 @@ class Agreement:
         return True
 
     def _constants(self) -> bool:
-        """Free the flags and Nones that a part of the model only hands on to modules it calls.
+        """Free what a part of the model only hands on to modules it calls.
 
         A user calls the root as the example does; code around an inner module may vary its call.
 
         Raises:
             TraceError: an object, such as a cache, is more than handed on.
         """
-        for binding in _each(self._bindings(self.main.top)):
-            kind = binding.value.fact if isinstance(binding.value, Known) else None
+        for binding, place in _each(self._bindings(self.main.top)):
+            value, others = binding.value, list[Any]()
+            kind = value.fact if isinstance(value, Known) else None
+            may_be_none = bool(self.path) and binding.default is None
             if isinstance(kind, str):
-                other: Any = object()
-            elif self.path and binding.is_constant and isinstance(binding.value, bool | None):
-                other = torch.zeros(()) if binding.value is None else not binding.value
-            else:
-                continue
-            is_free = self._frees(binding, other)
-            if is_free is None:
-                return False
-            if isinstance(kind, str) and not is_free:
-                raise TraceError(f"uses a {kind}, of which a graph knows nothing")
+                others = [object(), *([None] if may_be_none else [])]
+            elif isinstance(value, Known):
+                others = [None] if may_be_none and value.is_tensor else []
+            elif self.path and binding.is_constant and isinstance(value, bool | None):
+                others = [torch.zeros(()) if value is None else not value]
+            for other in others:
+                is_free = self._frees(binding, place, other)
+                if is_free is None:
+                    return False
+                if isinstance(kind, str) and not is_free and other is not None:
+                    raise TraceError(f"uses a {kind}, of which a graph knows nothing")
+                if is_free:
+                    # An object may be another one, and None only where that was tried.
+                    self.free[binding.name] = not isinstance(kind, str) or other is None
         return True
 
-    def _frees(self, binding: Binding, other: Any) -> bool | None:
+    def _frees(self, binding: Binding, place: Ref, other: Any) -> bool | None:
         """Whether an argument is only handed on; None where modules have to be called first."""
         call, called = _with(self.main.top, binding, other), self.called
         try:
             run = self.runs.of_part(self.path, call, called, self.main.top)
-            culprits, _, _, bound = self._differences(run, _handed_on(binding))
+            culprits, _, _, bound = self._differences(run, _handed_on(binding.value, place))
         except _MoreCalled:
             raise
         except Exception as error:
@@ -494,9 +507,10 @@ class Agreement:
             inner = module_of(error)
             culprits, bound = {f"{self.path}.{inner}" if inner else self.path: ""}, []
         if not culprits:
-            self.free.add(binding.name)
             self._bind(bound)
             return True
+        if isinstance(binding.value, Known) and binding.value.is_tensor:
+            return False
         callable_ones = [path for path in culprits if self._can_be_called(path)]
         for path in callable_ones:
             self.called[path] = f"its forward goes by the argument {binding.name!r}"
@@ -575,16 +589,18 @@ def _refs_of(values: Iterable[Any]) -> list[Ref]:
     return found
 
 
-def _each(bindings: Iterable[Binding]) -> Iterator[Binding]:
-    """Yield the bindings, and one for each argument among `**kwargs`."""
+def _each(bindings: Iterable[Binding]) -> Iterator[tuple[Binding, Ref]]:
+    """Yield the bindings, and one for each argument among `**kwargs`, with where it is."""
     for binding in bindings:
         if binding.kind is inspect.Parameter.VAR_KEYWORD:
             for name, value in binding.value.items():
-                yield dataclasses.replace(
-                    binding, name=name, value=value, given="keyword", is_constant=False
+                is_plain = is_constant(value)
+                one = dataclasses.replace(
+                    binding, name=name, value=value, given="keyword", is_constant=is_plain
                 )
+                yield one, Ref(Bound(binding.name), (name,))
         else:
-            yield binding
+            yield binding, Ref(Bound(binding.name))
 
 
 def _with(top: Invocation, binding: Binding, value: Any) -> Call:
@@ -622,14 +638,16 @@ def _by_mode(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variat
 
 
 def _handed_on(
-    binding: Binding,
+    value: Any, argument: Ref
 ) -> Callable[[Lines, Lines, Mapping[int, int], Variation], Any]:
     """Explain by an argument what a module that is called is given."""
-    argument = Ref(Bound(binding.name))
 
     def explain(ours: Lines, theirs: Lines, twins: Mapping[int, int], found: Variation) -> Any:
-        is_handed = ours.lines[found.line].kind == "module" and found.ours is binding.value
-        is_other = found.theirs == argument or found.theirs is (not binding.value)
+        is_handed = ours.lines[found.line].kind == "module" and (
+            found.ours is value or found.ours == argument
+        )
+        is_other = found.theirs == argument or found.theirs is None
+        is_other = is_other or found.theirs is (not value)
         return argument if is_handed and is_other else None
 
     return explain

@@ -10,14 +10,23 @@ called as well, and the rows are made anew.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from blockprune.tracing.calls import Binding
-from blockprune.tracing.recorded import Attribute, Built, Field, Invocation, Known, Step
+from blockprune.tracing.recorded import (
+    Attribute,
+    Built,
+    Field,
+    Invocation,
+    Known,
+    Step,
+    knowns,
+)
 
 __all__ = [
     "Bound",
@@ -30,8 +39,10 @@ __all__ = [
     "Variation",
     "compare",
     "in_our_lines",
+    "is_of_settings",
     "item_of",
     "mapped",
+    "may_be_of_one_mode",
     "replaced",
     "with_keys",
 ]
@@ -253,8 +264,25 @@ class Lines:
         return None if known.same_as is None else self.find_before(line, known.same_as)
 
 
+def is_of_settings(line: Line) -> bool:
+    """Whether a line asks or computes something of numbers that are attributes of modules."""
+    found = list(knowns((line.event.args, line.event.kwargs)))
+    return isinstance(line.event, Step) and not any(k.is_tensor or k.active for k in found)
+
+
+def may_be_of_one_mode(line: Line) -> bool:
+    """Whether a line can be written into a graph for one mode alone."""
+    is_guard = line.kind == "guard" and line.func is not len
+    return is_guard or line.kind in ("call", "module", "read")
+
+
 def compare(
-    ours: Lines, theirs: Lines, *, loose: bool = False, forks: list[Fork] | None = None
+    ours: Lines,
+    theirs: Lines,
+    *,
+    loose: bool = False,
+    forks: list[Fork] | None = None,
+    may_fork: Callable[[Line], bool] = may_be_of_one_mode,
 ) -> tuple[dict[str, str], list[Variation], dict[int, int]]:
     """Compare two recordings of one module.
 
@@ -262,6 +290,7 @@ def compare(
         ours, theirs: the recordings.
         loose: it does not matter which argument a line refers to.
         forks: where given, lines that run in one mode only are added here, and are no difference.
+        may_fork: whether a line may be one of these.
 
     Returns:
         The modules whose own forward differs, with the line of code; the constants that differ; and
@@ -283,7 +312,7 @@ def compare(
                 a, b = a + 1, b + 1
                 continue
         culprit = one.path
-        fork = None if forks is None else _fork(ours, theirs, a, b)
+        fork = None if forks is None else _fork(ours, theirs, a, b, may_fork)
         if forks is not None and fork is not None:
             del twins[a]
             forks.append(fork)
@@ -305,11 +334,20 @@ def compare(
     return culprits, variations, twins
 
 
-def _fork(ours: Lines, theirs: Lines, a: int, b: int) -> Fork | None:
+def _fork(
+    ours: Lines, theirs: Lines, a: int, b: int, may_fork: Callable[[Line], bool]
+) -> Fork | None:
     """Return the lines from a and b on up to where the forward of their module goes on alike."""
     path = ours.lines[a].path
     if theirs.lines[b].path != path:
         return None
+    # A few lines about settings, behind which both go on.
+    for skipped, goal in ((theirs.lines[b:], ours.lines[a]), (ours.lines[a:], theirs.lines[b])):
+        count = sum(1 for _ in itertools.takewhile(is_of_settings, skipped))
+        if count and count < len(skipped) and _label(skipped[count]) == _label(goal):
+            is_theirs = goal is ours.lines[a]
+            moved = (a, b + count) if is_theirs else (a + count, b)
+            return Fork(path, (a, moved[0]), (b, moved[1]))
     end, their_end = (
         len(lines.lines) if path == lines.top.path else lines.span(number, path)[1]
         for lines, number in ((ours, a), (theirs, b))
@@ -321,14 +359,9 @@ def _fork(ours: Lines, theirs: Lines, a: int, b: int) -> Fork | None:
             break
         end, their_end = end - 1, their_end - 1
     middle = (*ours.lines[a:end], *theirs.lines[b:their_end])
-    if (a, b) == (end, their_end) or not all(map(_may_be_of_one_mode, middle)):
+    if (a, b) == (end, their_end) or not all(map(may_fork, middle)):
         return None
     return Fork(path, (a, end), (b, their_end))
-
-
-def _may_be_of_one_mode(line: Line) -> bool:
-    is_guard = line.kind == "guard" and line.func is not len
-    return is_guard or line.kind in ("call", "module", "read")
 
 
 def _label(line: Line) -> Any:
@@ -401,8 +434,8 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
 def mapped(value: Any, change: Any) -> Any:
     """Return an encoded value with `change` applied to whatever is no container."""
     if isinstance(value, tuple):
-        items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        items, kind = [mapped(item, change) for item in value], cast(Any, type(value))
+        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
     if isinstance(value, dict):
@@ -455,7 +488,8 @@ def replaced(value: Any, where: tuple[Any, ...], new: Any) -> Any:
         return {k: replaced(v, tuple(rest), new) if k == key else v for k, v in value.items()}
     items = [replaced(v, tuple(rest), new) if i == key else v for i, v in enumerate(value)]
     if isinstance(value, tuple):
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        kind: Any = type(value)
+        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
     return items
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
@@ -16,7 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from blockprune.errors import TraceError
 from blockprune.randomness import RANDOM_OPERATIONS
 from blockprune.tracing.agreement import Bound, Fork, Line, Lines, Ref, Theirs, in_our_lines, mapped
-from blockprune.tracing.calls import Binding
+from blockprune.tracing.calls import Binding, is_constant
 from blockprune.tracing.facts import Facts, Place
 from blockprune.tracing.guards import (
     InMode,
@@ -103,8 +104,8 @@ def graph_of(
     bindings: Sequence[Binding],
     checks: Mapping[int, Sequence[Check]],
     others: Sequence[tuple[str, Lines, Mapping[int, int]]],
-    forks: Sequence[Fork] = (),
-    free: Collection[str] = (),
+    forks: Sequence[Fork],
+    free: Mapping[str, bool],
 ) -> tuple[fx.Graph, Facts]:
     """Return the graph of `lines`, and facts from all recordings.
 
@@ -113,8 +114,8 @@ def graph_of(
         bindings: the arguments.
         checks: guards to put behind a line, by its number; -1 for the beginning.
         others: mode, lines and twins of the further recordings that agree.
-        forks: where the first of these, in train mode, has lines of its own.
-        free: names of arguments that are only handed on.
+        forks: where the first of these that is in train mode has lines of its own.
+        free: names of arguments that are only handed on, to whether they may be None.
 
     Raises:
         TraceError: a graph cannot hold what the module returns, or how it is called.
@@ -130,10 +131,12 @@ class _Writer:
         checks: Mapping[int, Sequence[Check]],
         others: Sequence[tuple[str, Lines, Mapping[int, int]]],
         forks: Sequence[Fork],
-        free: Collection[str],
+        free: Mapping[str, bool],
     ) -> None:
         self.lines, self.bindings, self.checks, self.others = lines, bindings, checks, others
         self.free = free
+        # The one that the forks are of.
+        self.in_train = next((other for other in others if other[0] == "train"), ("", lines, {}))
         self.forks = {fork.ours[1]: fork for fork in forks}
         self.in_eval = {i: fork for fork in forks for i in range(*fork.ours)}
         self.graph = fx.Graph()
@@ -174,6 +177,8 @@ class _Writer:
         default: tuple[Any, ...] = ()
         if not prefix:
             if binding.default is not inspect.Parameter.empty:
+                if not is_constant(binding.default):
+                    raise TraceError(f"has a default for {binding.name!r} that is no plain value")
                 default = (binding.default,)
             elif with_default:
                 # A generated forward has no keyword-only marker, so order is all that counts.
@@ -220,7 +225,7 @@ class _Writer:
         fork = self.forks.get(number)
         if fork is None:
             return
-        _, theirs, twins = self.others[0]
+        _, theirs, twins = self.in_train
         change = in_our_lines(twins)
         for index in range(*fork.theirs):
             self.line = line = theirs.lines[index]
@@ -319,6 +324,8 @@ class _Writer:
                 return self._read_setting(item.path, item.name, item.value)
             if isinstance(item, ByMode):
                 return self._chosen(item)
+            if isinstance(item, np.generic):
+                return item.item()
             if isinstance(item, Finfo):
                 dtype = self._node(item.read.source, item.read.keys)
                 return self._derived(getattr, self._derived(torch.finfo, dtype), item.name)
@@ -335,7 +342,14 @@ class _Writer:
             node = self.graph.create_node("call_function", value.kind, (), items)
             self.facts.values[node] = None
             return node
-        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            try:
+                return type(value)(*map(self._built, value))
+            except Exception as error:
+                raise TraceError(
+                    f"builds a {type(value).__name__}, which a graph cannot hold"
+                ) from error
+        if isinstance(value, tuple):
             return tuple(self._built(item) for item in value)
         if isinstance(value, list):
             return [self._built(item) for item in value]
@@ -433,12 +447,13 @@ class _Writer:
             self._note_stand_in(node, source, passed)
 
     def _note_theirs(self, node: fx.Node, source: Theirs, keys: tuple[Any, ...]) -> None:
-        mode, lines, _ = self.others[0]
+        mode, lines, _ = self.in_train
+        number = self.others.index(self.in_train)
         found = lines.value(source.number, keys)
         written = lines.lines[source.number].event.written if not keys else frozenset()
         self.facts.values[node] = mapped(found, _fact)
-        self.facts.storages[node] = _tagged((mode, 0), _memory(found))
-        self.facts.written[node] = _tagged((mode, 0), written)
+        self.facts.storages[node] = _tagged((mode, number), _memory(found))
+        self.facts.written[node] = _tagged((mode, number), written)
 
     def _note_stand_in(self, item: fx.Node, call: int, values: Sequence[Any]) -> None:
         """Note an item of what a module returns that is its argument in every recording."""

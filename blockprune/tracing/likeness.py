@@ -17,7 +17,7 @@ can hold as text:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,13 +31,15 @@ __all__ = ["expect_like", "likeness"]
 
 Likeness = tuple[Any, ...]
 
+_NONE: Mapping[str, bool] = {}
 _SLICE = ("start", "stop", "step")
 
 
-def likeness(name: str, value: Any, free: Collection[str] = ()) -> Likeness:
+def likeness(name: str, value: Any, free: Mapping[str, bool] = _NONE) -> Likeness:
     """Return what has to be true of an argument, from its encoded value in the example.
 
-    `free`: names of arguments that are only handed on, which may also be keys of a `**kwargs`.
+    `free`: names of arguments that are only handed on, which may also be keys of a `**kwargs`, to
+    whether they may be None.
 
     Raises:
         TraceError: it holds an object that cannot be compared.
@@ -46,7 +48,7 @@ def likeness(name: str, value: Any, free: Collection[str] = ()) -> Likeness:
         return _of_known(name, value, free)
     if name in free:
         return ("any",)
-    if is_constant(value):
+    if is_constant(value) and not isinstance(value, dict):
         return ("same", value)
     kind = value.kind if isinstance(value, Built) else type(value)
     items = _items(value)
@@ -56,7 +58,9 @@ def likeness(name: str, value: Any, free: Collection[str] = ()) -> Likeness:
     return _name_of(kind), tuple(items), tuple(inner)
 
 
-def _of_known(name: str, known: Known, free: Collection[str]) -> Likeness:
+def _of_known(name: str, known: Known, free: Mapping[str, bool]) -> Likeness:
+    if free.get(name):
+        return ("any",)
     if known.is_tensor:
         return ("tensor",)
     if type(known.fact) in (int, float):
@@ -102,9 +106,9 @@ def _expect_items(name: str, value: Any, like: Likeness) -> None:
     if tuple(items) != keys:
         if isinstance(value, tuple | list):
             raise _refusal(name, f"{len(keys)} items in {name}", len(items), is_text=True)
-        found = ", ".join(map(repr, items))
-        expected = ", ".join(map(repr, keys))
-        raise _refusal(name, f"{expected} in {name}, in that order", found, is_text=True)
+        found, expected = (", ".join(map(repr, each)) or "nothing" for each in (items, keys))
+        order = ", in that order" if set(items) == set(keys) else ""
+        raise _refusal(name, f"{expected} in {name}{order}", found, is_text=True)
     for key, item, each in zip(keys, items.values(), inner, strict=True):
         expect_like(_part(name, key, type(value)), item, each)
 

@@ -215,7 +215,8 @@ def decoded(value: Any, given: Mapping[int, Any]) -> Any:
         return OrderedDict(items) if value.kind is OrderedDict else value.kind(**items)
     if isinstance(value, tuple):
         parts = [decoded(item, given) for item in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        kind: Any = type(value)
+        return kind._make(parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return [decoded(item, given) for item in value]
     if isinstance(value, dict):

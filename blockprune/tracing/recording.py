@@ -536,10 +536,11 @@ class _Recorder(TorchFunctionMode):
             return value
         step = Step(self.open[-1], self._encode(args), func=func, result=value)
         self.open[-1].events.append(step)
-        return self._sized(value, text, (step, ()))
+        active = any(known.active for known in knowns(step.args))
+        return self._sized(value, text, (step, ()), active)
 
-    def _sized(self, value: Any, text: str, origin: Origin) -> Any:
-        known = Known(value, origins=[origin], active=True, counted=is_counted(origin[0]))
+    def _sized(self, value: Any, text: str, origin: Origin, active: bool = True) -> Any:
+        known = Known(value, origins=[origin], active=active, counted=is_counted(origin[0]))
         return sized(value, text, known, self)
 
     def leave(
@@ -625,7 +626,7 @@ class _Recorder(TorchFunctionMode):
             return tuple(self._encode(item) for item in value)
         if isinstance(value, tuple):
             items = [self._encode(item) for item in value]
-            return kind(*items) if hasattr(value, "_fields") else tuple(items)
+            return kind._make(items) if hasattr(value, "_fields") else tuple(items)
         if kind is list:
             return [self._encode(item) for item in value]
         if kind is dict:

@@ -291,12 +291,13 @@ class Runs:
         convert: Callable[[nn.Module], nn.Module] | None = None,
         under: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Run:
-        def once(only: frozenset[str] | None) -> tuple[Recording, list[str]]:
+        def once(only: frozenset[str] | None) -> tuple[Recording, set[str]]:
             # A conversion writes into the parameters, so it gets some of its own.
             model = convert(copy_model(self.root)) if convert else structural_copy(self.root)
             given = call if as_it_is else call.map(lambda tensor: tensor.detach().clone())
             seed_rng(seed)
             state = State(model, [*enumerate(given.args), *given.kwargs.items()], only)
+            states.append(state)
             is_own = convert is not None or writes_weights(self.root)
             shared = [] if is_own else list(model.parameters())
             before = [(weight, weight.grad) for weight in shared]
@@ -312,20 +313,35 @@ class Runs:
                         keep_output=name == "eval",
                         shared=[*shared, *(held for _, held in before if held is not None)],
                     )
-                return found, state.changed()
+                state.changed()
+                return found, state.moved
             finally:
-                state.restore()
                 for weight, held in before:
                     weight.grad = held
 
+        states: list[State] = []
+
+        def restore() -> None:
+            while states:
+                states.pop().restore()
+
         try:
-            found, changed = once(None)
-        except WritesWeights:
-            mark_as_writing(self.root)
-            found, changed = once(None)
-        if changed:
-            # Once more, to see in whose forward.
-            found, _ = once(frozenset(changed))
+            try:
+                found, changed = once(None)
+            except WritesWeights:
+                mark_as_writing(self.root)
+                found, changed = once(None)
+            if changed:
+                # What was a cache is filled by now, and changes no more.
+                found, changed = once(frozenset(changed))
+            if changed:
+                # Once more from where it began, to see in whose forward.
+                restore()
+                found, _ = once(frozenset(changed))
+                restore()
+        except Exception:
+            restore()
+            raise
         return Run(name, "train" if train else "eval", found, _by_path(found))
 
 
@@ -374,7 +390,7 @@ def other_batch(call: Call) -> Call | None:
         return None
 
     def wider(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != count:
+        if not tensor.dim() or tensor.shape[0] != count or tensor.layout != torch.strided:
             return tensor.detach().clone()
         tensor = tensor.detach()
         return tensor[:2].clone() if count > 2 else torch.cat([tensor, tensor[:1]])

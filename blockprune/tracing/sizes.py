@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from blockprune.tracing.places import makes_message
@@ -152,6 +153,9 @@ class _Size:
     def __pos__(self) -> Any:
         return self
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.asarray(self._leave(same_size, "{}"), dtype)
+
     def is_integer(self) -> bool:
         return bool(self._leave(_is_whole, "{} is whole"))
 
@@ -195,7 +199,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, tuple):
         items = [plain(item) for item in value]
-        return kind(*items) if hasattr(value, "_fields") else tuple(items)
+        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
     if kind is dict:
         return {key: plain(item) for key, item in value.items()}
     if kind is slice:

@@ -58,6 +58,9 @@ class State:
         model: a copy of the model.
         values: its arguments; objects in it are looked at too.
         only: names of the cells to watch; None for all.
+
+    Attributes:
+        moved: names of all that was ever found to have changed.
     """
 
     def __init__(self, model: nn.Module, values: Any, only: frozenset[str] | None = None) -> None:
@@ -65,6 +68,7 @@ class State:
         cells = [*_random_cells(), *_module_cells(model), *_code_cells(model), *_objects(values)]
         self.cells = [cell for cell in cells if only is None or cell.name in only]
         self._seen = [cell.read() for cell in self.cells]
+        self.moved: set[str] = set()
 
     def changed(self) -> list[str]:
         """Return the names of what has changed since the last time this was asked."""
@@ -74,6 +78,7 @@ class State:
             if now != self._seen[index]:
                 self._seen[index] = now
                 found.append(cell.name)
+        self.moved.update(found)
         return found
 
     def restore(self) -> None:

@@ -56,7 +56,8 @@ def map_tensors(
         return change(value)
     if isinstance(value, tuple):
         items = [map_tensors(item, change, kind, other) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        named: Any = type(value)
+        return named._make(items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_tensors(item, change, kind, other) for item in value]
     if isinstance(value, dict):

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn as rnn_utils
 
 import blockprune
 from tests.recording.law import Trial, right, right_or_refused
@@ -209,7 +211,7 @@ def test_other_tensors_in_containers_are_taken() -> None:
         ("dataclass_none", "given.mask=None and only knows that case; got a tensor of shape"),
         ("tensor_in_a_tuple", "a tensor as given[1] and only knows that case; got None"),
         ("length", "2 items in given and only knows that case; got 1"),
-        ("key", "'x', 'm' in given, in that order and only knows that case; got 'x', 'n'"),
+        ("key", "'x', 'm' in given and only knows that case; got 'x', 'n'"),
         ("list_or_tuple", "a tuple as given and only knows that case; got a list"),
     ],
 )
@@ -272,3 +274,145 @@ def test_what_is_returned_keeps_its_branch() -> None:
     found = blockprune.find_blocks(Unused(), {"x": ONE, "several": True})
     names = [{name.rpartition(".")[0] for name in block.parameters} for block in found.blocks]
     assert names == [{"ends.0"}, {"ends.1"}]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **flags: bool) -> Tensor:
+        y = self.f(x) if mask is None else self.f(x) * mask
+        return y * 2 if flags.get("twice") else y
+
+
+class Hands(nn.Module):
+    """Hands its arguments on to a module that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.f = Inner(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **flags: bool) -> Tensor:
+        x = x + self.inner(x, mask=mask, **flags)
+        return x + self.f(x)
+
+
+class Decides(nn.Module):
+    """Gives its layers a mask or none, by the numbers in the mask that it is given itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Hands() for _ in range(2)])
+
+    def forward(self, x: Tensor, mask: Tensor, twice: bool = False) -> Tensor:
+        given = None if mask.all() else mask[..., None]
+        for layer in self.layers:
+            x = layer(x, mask=given, twice=twice)
+        return x
+
+
+FULL, PADDED = torch.ones(2, 5), torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+
+
+@pytest.mark.parametrize("example", [FULL, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_a_layer_only_hands_on_may_be_another(example: Tensor, twice: bool) -> None:
+    """Text that is padded in the example, and not later; a flag that is another one later."""
+    later = [(OTHER, mask, flag) for mask in (FULL, PADDED) for flag in (False, True)]
+    trials = [Trial(given, train=train) for given in later for train in (False, True)]
+    right(Decides(), (ONE, example, twice), trials, cut="layers.1.inner", zero="layers.1.inner.f")
+
+
+class Defaults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, act: Any = torch.tanh, kind: Any = dict) -> Tensor:
+        for block in self.blocks:
+            x = block(act(x) if kind is dict else x)
+        return x
+
+
+def test_defaults_that_no_text_can_hold() -> None:
+    right_or_refused(
+        Defaults(), ONE, [Trial((OTHER, torch.sin))], cut="blocks.1", zero="blocks.1.f"
+    )
+
+
+class Graphs(nn.Module):
+    """A layer of a graph, given an adjacency that is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+    def forward(self, graph: Tensor, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(graph @ x)
+        return x
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant)")
+def test_sparse_tensors(layout: torch.layout) -> None:
+    dense, other = torch.eye(5), torch.eye(5).roll(1, 0)
+    graph, later = (each.to_sparse(layout=layout) for each in (dense, other))
+    x, y = ONE[0], OTHER[0]
+    model = Graphs()
+    assert blockprune.find_blocks(model, (graph, x)).names == ("layers.0", "layers.1")
+    ticket = blockprune.remove_blocks(model, "layers.1", (graph, x))
+    for given, features_of in ((graph, x), (later, y)):
+        expected = features_of + model.layers[0](given @ features_of)
+        assert torch.equal(ticket(given, features_of), expected)
+        assert torch.equal(ticket(graph=given, x=features_of), expected)
+
+
+class Packed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        lengths = torch.full((len(x),), x.shape[1])
+        packed = rnn_utils.pack_padded_sequence(x, lengths, batch_first=True)
+        y, _ = rnn_utils.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return x + self.f(y)
+
+
+def test_packed_sequences() -> None:
+    right_or_refused(
+        nn.Sequential(Block(), Packed(), Block()), ONE, [Trial(OTHER)], cut="2", zero="2.f"
+    )
+    assert blockprune.find_blocks(nn.Sequential(Block(), Packed()), ONE).names[:1] == ("0",)
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        weights = (x @ x.mT / np.sqrt(x.shape[-1])).softmax(-1)
+        return x + self.f(weights @ x / np.sqrt(float(WIDTH)))
+
+
+def test_numbers_of_numpy() -> None:
+    right(nn.Sequential(Scaled(), Scaled()), ONE, [Trial(features(3, 4))], cut="1", zero="1.f")
+
+
+MEMO: dict[type, str] = {}
+
+
+class Remembers(Block):
+    """Keeps, once for all, what it found out about a type."""
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        if type(x) not in MEMO:
+            MEMO[type(x)] = "tensor"
+        return x + self.f(x * len(MEMO[type(x)]))
+
+
+def test_a_memo_is_no_state() -> None:
+    MEMO.clear()
+    net = nn.Sequential(Remembers(), Remembers())
+    assert blockprune.find_blocks(net, ONE).names == ("0", "1")
+    assert not MEMO
+    right_or_refused(net, ONE, [Trial(OTHER)], cut="1", zero="1.f")
