@@ -177,27 +177,20 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
 
     `copy.deepcopy` hands on a lambda as it is, which then runs modules of the model itself.
     """
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            value = None  # not assigned yet
-        is_held = isinstance(value, nn.Module | Tensor | MethodType)
-        is_function = isinstance(value, FunctionType) and value.__closure__
-        if is_held and (not isinstance(value, MethodType) or id(value.__self__) in memo):
-            cells.append(CellType(copy.deepcopy(value, memo)))
-        elif is_function and value is not function:
-            cells.append(CellType(_rebound(value, memo)))
-        else:
-            cells.append(cell)
-    bound = FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells),
-    )
+    before = function.__closure__ or ()
+    cells = tuple(CellType() for _ in before)
+    named = function.__globals__, function.__name__, function.__defaults__
+    memo[id(function)] = bound = FunctionType(function.__code__, *named, cells)
     bound.__kwdefaults__, bound.__qualname__ = function.__kwdefaults__, function.__qualname__
     vars(bound).update(vars(function))
+    for cell, old in zip(cells, before, strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            value = old.cell_contents
+            if isinstance(value, FunctionType) and value.__closure__:
+                value = memo.get(id(value)) or _rebound(value, memo)
+            elif isinstance(value, MethodType) and id(value.__self__) in memo:
+                value = MethodType(value.__func__, memo[id(value.__self__)])
+            elif isinstance(value, nn.Module | Tensor):
+                value = memo.get(id(value), value)
+            cell.cell_contents = value
     return bound
