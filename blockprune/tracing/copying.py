@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -100,29 +101,34 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copy, twins
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""What a block in `isolated` changes, and gives back afterwards, is the whole process's."""
+
+
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Run a block with every random generator put back afterwards, and as plain eager code.
 
     The fused "fast path" of `nn.MultiheadAttention` exists only outside autograd, so it would make
     two computations of one function differ; compiled modules cannot be traced; and inference mode
-    hides who writes into what. All three are switched off in here.
+    hides who writes into what. All three are switched off in here. Other threads wait.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    # It logs a traceback for an operation that is then run on real tensors.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with (
-            preserved_rng(),
-            torch.inference_mode(False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        log.disabled = was_disabled
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with _ONE_AT_A_TIME:
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        # It logs a traceback for an operation that is then run on real tensors.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        was_disabled, log.disabled = log.disabled, True
+        try:
+            with (
+                preserved_rng(),
+                torch.inference_mode(False),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                yield
+        finally:
+            log.disabled = was_disabled
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _detached_attributes(model: nn.Module) -> dict[int, Any]:

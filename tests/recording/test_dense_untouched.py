@@ -6,6 +6,7 @@ a cut and a pruning, the model and all that is global are bit for bit what they 
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import functools
 from collections.abc import Callable
@@ -485,3 +486,22 @@ def test_a_cache_that_is_filled_keeps_what_it_holds() -> None:
     before = model(features()), model(features(2, 4))
     carried_out(find, model, features(3, 6))
     assert all(map(torch.equal, before, (model(features()), model(features(2, 4)))))
+
+
+class Asks(Block):
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        if torch.is_grad_enabled():
+            x = x * 1
+        return x + self.f(x.reshape(x.shape[0], -1, WIDTH))
+
+
+def test_several_threads_leave_the_functions_of_torch_as_they_were() -> None:
+    watched = "is_grad_enabled", "is_autocast_enabled", "autocast_increment_nesting"
+    before = [getattr(torch, name) for name in watched]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        nets = [nn.Sequential(*[Asks() for _ in range(8)], nn.Dropout(0.5)) for _ in range(12)]
+        found = list(pool.map(lambda net: blockprune.find_blocks(net, features()).names, nets))
+        tickets = list(pool.map(lambda net: blockprune.remove_blocks(net, "1", features()), nets))
+    assert found == [tuple(map(str, range(8)))] * 12
+    assert all(blockprune.plan_of(ticket).remove == ("1",) for ticket in tickets)
+    assert [getattr(torch, name) for name in watched] == before
