@@ -512,6 +512,9 @@ class Agreement:
         if isinstance(binding.value, Known) and binding.value.is_tensor:
             return False
         callable_ones = [path for path in culprits if self._can_be_called(path)]
+        if isinstance(binding.value, Known) and not callable_ones:
+            # What uses an object is called, whatever it merges: the rest is a graph all the same.
+            callable_ones = [p for p in culprits if p != self.path and p not in self.called]
         for path in callable_ones:
             self.called[path] = f"its forward goes by the argument {binding.name!r}"
         return None if callable_ones else False

@@ -416,3 +416,55 @@ def test_a_memo_is_no_state() -> None:
     assert blockprune.find_blocks(net, ONE).names == ("0", "1")
     assert not MEMO
     right_or_refused(net, ONE, [Trial(OTHER)], cut="1", zero="1.f")
+
+
+class Store:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def update(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return torch.cat(self.seen, 1)
+
+
+class AddsInside(nn.Module):
+    """Adds what it was given as the residual itself, as layers of BLOOM do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, residual: Tensor, store: Store | None = None) -> Tensor:
+        y = x if store is None else store.update(x)[:, -x.shape[1] :]
+        return residual + self.f(y)
+
+
+class TwoInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = AddsInside(), AddsInside()
+
+    def forward(self, x: Tensor, store: Store | None = None) -> Tensor:
+        x = self.attention(self.norm(x), x, store)
+        return self.mlp(self.norm(x), x)
+
+
+class MakesAStore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([TwoInside() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        store = Store()
+        x = -x if x.sum() > 1e9 else x  # So the root is no graph.
+        for layer in self.layers:
+            x = layer(x, store)
+        return x
+
+
+def test_a_branch_beside_one_that_uses_an_object_is_found() -> None:
+    net = MakesAStore()
+    names = blockprune.find_blocks(net, ONE).names
+    assert names == ("layers.0.mlp", "layers.1.mlp")
+    right(net, ONE, [Trial(features(3, 4))], cut=names[0], zero="layers.0.mlp.f")
