@@ -557,3 +557,24 @@ def test_a_process_short_of_memory() -> None:
         check=False,
     )
     assert done.stdout.strip() == "MemoryError", done.stdout + done.stderr
+
+
+class Catches(nn.Module):
+    """Goes another way at another batch size, where what it tries raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            y = x.view(2, 5, 4) * 10
+        except RuntimeError:
+            y = x
+        return x + self.f(y)
+
+
+def test_the_reference_runs_as_the_model_does_at_other_batch_sizes() -> None:
+    """It follows the graph once, to learn which additions to zero, and never again."""
+    with pytest.raises(VerificationError, match=r"fails where .* runs, in eval mode"):
+        blockprune.remove_blocks(nn.Sequential(Catches(), Catches()), "1", torch.randn(2, 5, 4))

@@ -265,9 +265,9 @@ def _named_by(functions: list[FunctionType]) -> Iterator[Cell]:
 
 
 def _is_foreign(module: str | None) -> bool:
-    """Whether a module is of torch, or of Python itself: its globals are not a model's."""
+    """Whether a module is of torch, of Python or ours: what it holds is not a model's."""
     library = (module or "").partition(".")[0]
-    return library in ("torch", "numpy") or library in sys.stdlib_module_names
+    return library in ("torch", "numpy", "blockprune") or library in sys.stdlib_module_names
 
 
 def _names(code: Any) -> Iterator[str]:
