@@ -47,8 +47,8 @@ from blockprune.tracing.guards import (
     expect_rank,
     expect_setting,
     expect_state,
-    name_of,
 )
+from blockprune.tracing.likeness import name_of
 from blockprune.tracing.operations import GRAD
 from blockprune.tracing.places import module_of
 from blockprune.tracing.recorded import Field, Invocation, Known, Step, knowns
@@ -96,6 +96,7 @@ class Agreement:
         while not self._settled():
             pass
         others = [(run.mode, lines, twins) for run, lines, twins in self.twins]
+        self._check_settings()
         self._check_ranks()
         for (number, where), value in self.bound.items():
             _put(self.main.lines[number], where, value)
@@ -127,10 +128,7 @@ class Agreement:
             *(self._aliases, self._states, self._grads),
             *(self._dtypes, self._devices, self._constants),
         )
-        if not all(condition() for condition in conditions):
-            return False
-        self._fix_settings()
-        return True
+        return all(condition() for condition in conditions)
 
     # --- lines ----------------------------------------------------------------------------------
 
@@ -252,8 +250,9 @@ class Agreement:
         if not run.by_path.get(self.path):
             raise TraceError("is not called as often in every run")
         lines = self._lines(run, 0)
-        forking: Any = {"forks": self.forks, "may_fork": may_fork} if may_fork else {}
-        culprits, variations, twins = compare(self.main, lines, loose=loose, **forking)
+        culprits, variations, twins = compare(
+            self.main, lines, loose=loose, forks=self.forks, may_fork=may_fork
+        )
         bound = []
         for variation in variations:
             line = self.main.lines[variation.line]
@@ -292,7 +291,6 @@ class Agreement:
         for run in self.runs.always():
             in_train = run.mode == "train"
             explain = _flag if in_train else _nothing
-            self.forks = [] if in_train else self.forks
             try:
                 twins = self._agree(run, explain, _MODE, is_of_settings if in_train else None)
             except TraceError:
@@ -311,7 +309,6 @@ class Agreement:
         """Whether train mode, at the batch size of the example, differs in explicable ways."""
         run = self.runs.alike()
         assert run is not None
-        self.forks = []
         twins = self._agree(run, _by_mode, _MODE, may_be_of_one_mode)
         if twins is None:
             return False
@@ -519,7 +516,11 @@ class Agreement:
             self.called[path] = f"its forward goes by the argument {binding.name!r}"
         return None if callable_ones else False
 
-    def _fix_settings(self) -> None:
+    def _reads(self, what: str) -> list[int]:
+        lines = enumerate(self.main.lines)
+        return [i for i, line in lines if line.kind == "read" and line.func == what]
+
+    def _check_settings(self) -> None:
         """Guard the plain attributes that a forward may go by: users may set them in the ticket."""
         prefix = f"{self.path}." if self.path else ""
         for path in dict.fromkeys([self.path, *(line.path for line in self.main.lines)]):
@@ -537,10 +538,6 @@ class Agreement:
                 place = f"{path}.{name}".lstrip(".")
                 check = Check(guard, (place, Setting(path, name, value), expected))
                 self.checks.setdefault(-1, []).append(check)
-
-    def _reads(self, what: str) -> list[int]:
-        lines = enumerate(self.main.lines)
-        return [i for i, line in lines if line.kind == "read" and line.func == what]
 
     def _check_ranks(self) -> None:
         """Guard the ranks of the arguments, where a rank or a whole shape is asked for."""

@@ -10,9 +10,8 @@ called as well, and the rows are made anew.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from blockprune.tracing.recorded import (
     Step,
     knowns,
 )
+from blockprune.tracing.values import like_tuple
 
 __all__ = [
     "Bound",
@@ -282,15 +282,15 @@ def compare(
     *,
     loose: bool = False,
     forks: list[Fork] | None = None,
-    may_fork: Callable[[Line], bool] = may_be_of_one_mode,
+    may_fork: Callable[[Line], bool] | None = None,
 ) -> tuple[dict[str, str], list[Variation], dict[int, int]]:
     """Compare two recordings of one module.
 
     Args:
         ours, theirs: the recordings.
         loose: it does not matter which argument a line refers to.
-        forks: where given, lines that run in one mode only are added here, and are no difference.
-        may_fork: whether a line may be one of these.
+        forks: lines that run in one mode only are added here, and are no difference.
+        may_fork: whether a line may be one of these; None for no line.
 
     Returns:
         The modules whose own forward differs, with the line of code; the constants that differ; and
@@ -312,7 +312,7 @@ def compare(
                 a, b = a + 1, b + 1
                 continue
         culprit = one.path
-        fork = None if forks is None else _fork(ours, theirs, a, b, may_fork)
+        fork = None if may_fork is None else _fork(ours, theirs, a, b, may_fork)
         if forks is not None and fork is not None:
             del twins[a]
             forks.append(fork)
@@ -342,12 +342,10 @@ def _fork(
     if theirs.lines[b].path != path:
         return None
     # A few lines about settings, behind which both go on.
-    for skipped, goal in ((theirs.lines[b:], ours.lines[a]), (ours.lines[a:], theirs.lines[b])):
-        count = sum(1 for _ in itertools.takewhile(is_of_settings, skipped))
-        if count and count < len(skipped) and _label(skipped[count]) == _label(goal):
-            is_theirs = goal is ours.lines[a]
-            moved = (a, b + count) if is_theirs else (a + count, b)
-            return Fork(path, (a, moved[0]), (b, moved[1]))
+    if count := _settings_before(theirs.lines, b, ours.lines[a]):
+        return Fork(path, (a, a), (b, b + count))
+    if count := _settings_before(ours.lines, a, theirs.lines[b]):
+        return Fork(path, (a, a + count), (b, b))
     end, their_end = (
         len(lines.lines) if path == lines.top.path else lines.span(number, path)[1]
         for lines, number in ((ours, a), (theirs, b))
@@ -362,6 +360,13 @@ def _fork(
     if (a, b) == (end, their_end) or not all(map(may_fork, middle)):
         return None
     return Fork(path, (a, end), (b, their_end))
+
+
+def _settings_before(lines: list[Line], start: int, goal: Line) -> int:
+    """Return how many lines are about settings in front of one like `goal`; 0 if none is there."""
+    ends = (i for i in range(start, len(lines)) if not is_of_settings(lines[i]))
+    end = next(ends, None)
+    return end - start if end is not None and _label(lines[end]) == _label(goal) else 0
 
 
 def _label(line: Line) -> Any:
@@ -434,8 +439,7 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
 def mapped(value: Any, change: Any) -> Any:
     """Return an encoded value with `change` applied to whatever is no container."""
     if isinstance(value, tuple):
-        items, kind = [mapped(item, change) for item in value], cast(Any, type(value))
-        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
+        return like_tuple(value, (mapped(item, change) for item in value))
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
     if isinstance(value, dict):
@@ -487,10 +491,7 @@ def replaced(value: Any, where: tuple[Any, ...], new: Any) -> Any:
     if isinstance(value, dict):
         return {k: replaced(v, tuple(rest), new) if k == key else v for k, v in value.items()}
     items = [replaced(v, tuple(rest), new) if i == key else v for i, v in enumerate(value)]
-    if isinstance(value, tuple):
-        kind: Any = type(value)
-        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
-    return items
+    return like_tuple(value, items) if isinstance(value, tuple) else items
 
 
 def with_keys(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Known, tuple[Any, ...]]]:

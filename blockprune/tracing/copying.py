@@ -158,17 +158,20 @@ def _adopt_plain_tensors(model: nn.Module) -> nn.Module:
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    # A module has a dozen registries that are empty as a rule, which deepcopy is slow at.
+    remembering: list[tuple[nn.Module, str, FunctionType]] = []
     for module in model.modules():
-        for value in vars(module).values():
+        for name, value in vars(module).items():
+            # A module has a dozen registries that are empty as a rule, which deepcopy is slow at.
             if type(value) in (dict, OrderedDict, set) and not value:
                 memo.setdefault(id(value), type(value)())
+            elif type(value) is FunctionType and value.__closure__:
+                remembering.append((module, name, value))
     try:
         copied: nn.Module = copy.deepcopy(model, memo)
-        for module in copied.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, FunctionType) and value.__closure__:
-                    vars(module)[name] = _rebound(value, memo)
+        for module, name, function in remembering:
+            attributes = vars(memo[id(module)])
+            if attributes.get(name) is function:
+                attributes[name] = _rebound(function, memo)
         return copied
     except Exception as error:
         raise TraceError(

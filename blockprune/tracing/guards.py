@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from blockprune.errors import TraceError
-from blockprune.tracing.likeness import expect_like
+from blockprune.tracing.likeness import expect_like, name_of
 
 __all__ = [
     "GUARDS",
@@ -31,7 +31,6 @@ __all__ = [
     "expect_setting",
     "expect_size",
     "expect_state",
-    "name_of",
 ]
 
 
@@ -54,17 +53,7 @@ def expect_function(name: str, value: Any, expected: str) -> None:
     Raises:
         TraceError: it is.
     """
-    if name_of(value) != expected:
-        raise TraceError(
-            f"this ticket was cut with {name}={expected}, which its graph was computed with; got "
-            f"{name_of(value)}. Set it in the dense model and cut that again."
-        )
-
-
-def name_of(value: Any) -> str:
-    """Return the qualified name of a function; that of the class of anything else."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    expect_setting(name, name_of(value), expected)
 
 
 def expect_size(

@@ -27,7 +27,7 @@ from blockprune.errors import TraceError
 from blockprune.tracing.calls import is_constant
 from blockprune.tracing.recorded import Built, Known
 
-__all__ = ["expect_like", "likeness"]
+__all__ = ["expect_like", "likeness", "name_of"]
 
 Likeness = tuple[Any, ...]
 
@@ -55,7 +55,7 @@ def likeness(name: str, value: Any, free: Mapping[str, bool] = _NONE) -> Likenes
     if items is None:
         raise TraceError(f"is given a {kind.__name__} in {name!r}, of which a graph knows nothing")
     inner = (likeness(_part(name, key, kind), item, free) for key, item in items.items())
-    return _name_of(kind), tuple(items), tuple(inner)
+    return name_of(kind), tuple(items), tuple(inner)
 
 
 def _of_known(name: str, known: Known, free: Mapping[str, bool]) -> Likeness:
@@ -100,7 +100,7 @@ def expect_like(name: str, value: Any, like: Likeness) -> None:
 
 def _expect_items(name: str, value: Any, like: Likeness) -> None:
     kind, keys, inner = like
-    if _name_of(type(value)) != kind:
+    if name_of(type(value)) != kind:
         raise _refusal(name, f"a {kind.rpartition('.')[2]} as {name}", value)
     items = _items(value) or {}
     if tuple(items) != keys:
@@ -136,8 +136,10 @@ def _part(name: str, key: Any, kind: type) -> str:
     return f"{name}.{key}" if is_field else f"{name}[{key!r}]"
 
 
-def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def name_of(value: Any) -> str:
+    """Return the qualified name of a class or function; that of the class of anything else."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _refusal(name: str, expected: str, found: Any, *, is_text: bool = False) -> TraceError:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blockprune.tracing.calls import Call
-from blockprune.tracing.values import TensorFact
+from blockprune.tracing.values import TensorFact, like_tuple
 
 __all__ = [
     "Argument",
@@ -173,13 +173,11 @@ class Recording:
     Attributes:
         top: the call of the model itself.
         stopped: path of a module to what in its own forward a graph cannot hold.
-        reads: what was read of the surroundings: "dtype", "device", "grad", "autocast".
         output: the tensors returned, where asked for.
     """
 
     top: Invocation
     stopped: dict[str, str]
-    reads: frozenset[str]
     output: list[Tensor]
 
 
@@ -214,9 +212,7 @@ def decoded(value: Any, given: Mapping[int, Any]) -> Any:
         items = {key: decoded(item, given) for key, item in value.items.items()}
         return OrderedDict(items) if value.kind is OrderedDict else value.kind(**items)
     if isinstance(value, tuple):
-        parts = [decoded(item, given) for item in value]
-        kind: Any = type(value)
-        return kind._make(parts) if hasattr(value, "_fields") else tuple(parts)
+        return like_tuple(value, (decoded(item, given) for item in value))
     if isinstance(value, list):
         return [decoded(item, given) for item in value]
     if isinstance(value, dict):

@@ -63,7 +63,7 @@ from blockprune.tracing.recorded import (
 )
 from blockprune.tracing.sizes import SIZES, plain, sized
 from blockprune.tracing.state import State
-from blockprune.tracing.values import TensorFact, map_tensors, storage_of, tensors_in
+from blockprune.tracing.values import TensorFact, like_tuple, map_tensors, storage_of, tensors_in
 from blockprune.tracing.weights import WritesWeights, weights_protected
 
 __all__ = ["record"]
@@ -115,7 +115,7 @@ def record(
     finally:
         recorder.close()
     kept = [tensor.detach() for tensor in tensors_in(output)] if keep_output else []
-    return Recording(recorder.top, recorder.stopped, frozenset(recorder.reads), kept)
+    return Recording(recorder.top, recorder.stopped, kept)
 
 
 class _Recorder(TorchFunctionMode):
@@ -140,7 +140,6 @@ class _Recorder(TorchFunctionMode):
         self.held: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.stopped: dict[str, str] = {}
-        self.reads: set[str] = set()
         self.top = Invocation(None, path=path, kind=type(model))
         self.open = [self.top]
         self.calls: Counter[str] = Counter()
@@ -250,7 +249,6 @@ class _Recorder(TorchFunctionMode):
                 and not self.in_leaf
                 and not asks.startswith("torch")
             ):
-                self.reads.add(what)
                 step = Step(self.open[-1], kind="state", func=what, line=user_line())
                 self.open[-1].events.append(step)
             return reader(*args, **kwargs)
@@ -389,18 +387,13 @@ class _Recorder(TorchFunctionMode):
                 self._result(step, value, self._lookup(tensor).active)
             return value
         if name in ("device", "dtype"):
-            self.reads.add(name)
-            step = Step(self.open[-1], (self._encode(tensor),), kind="read", func=name)
-            step.result, step.line = value, user_line()
-            self.open[-1].events.append(step)
+            step = self._read(tensor, name, value)
             if name == "device":
                 # torch makes an object of its own each time, by which it is known again.
                 step.result = self._know(value, (step, ()))
             return value
         if name in GRAD:
-            step = Step(self.open[-1], (self._encode(tensor),), kind="read", func=name)
-            step.result, step.line = value is not None and value is not False, user_line()
-            self.open[-1].events.append(step)
+            self._read(tensor, name, value is not None and value is not False)
         elif name in ("grad", "_version"):
             self.stop(f"reads the attribute {name!r} of a tensor")
         elif name in RANK:
@@ -412,6 +405,13 @@ class _Recorder(TorchFunctionMode):
             # is_cuda, is_sparse, itemsize: what it is now is all that the graph knows.
             return self.leave(getattr, (tensor, name), value, f"{name} of a tensor")
         return value
+
+    def _read(self, tensor: Tensor, name: str, result: Any) -> Step:
+        """Note that a forward reads what is no number of a tensor."""
+        step = Step(self.open[-1], (self._encode(tensor),), kind="read", func=name)
+        step.result, step.line = result, user_line()
+        self.open[-1].events.append(step)
+        return step
 
     def _leave_rank(self, tensor: Tensor) -> None:
         self.leave(torch.Tensor.dim, (tensor,), tensor.dim(), "the number of dimensions")
@@ -467,7 +467,6 @@ class _Recorder(TorchFunctionMode):
         if not tensors and isinstance(value, bool | int | float | str | torch.dtype):
             self.open[-1].events.remove(step)
             if name == "type":
-                self.reads.add("dtype")
                 self.stop("asks for the type of a tensor as text")
                 return value
             # is_floating_point, is_contiguous, result_type: known without the numbers.
@@ -625,8 +624,7 @@ class _Recorder(TorchFunctionMode):
         if kind is torch.Size:
             return tuple(self._encode(item) for item in value)
         if isinstance(value, tuple):
-            items = [self._encode(item) for item in value]
-            return kind._make(items) if hasattr(value, "_fields") else tuple(items)
+            return like_tuple(value, (self._encode(item) for item in value))
         if kind is list:
             return [self._encode(item) for item in value]
         if kind is dict:

@@ -74,7 +74,7 @@ class Runs:
 
     def always(self) -> Iterator[Run]:
         """Yield the recordings that every graph has to agree with, the first one left out."""
-        in_train = self._attempt("train", other_batch(self.call), train=True)
+        in_train = self._attempt("train", self._other_batch, train=True)
         if in_train is None:
             in_train = self.alike()
             yield from _present(self.wider())
@@ -88,7 +88,7 @@ class Runs:
             skipped = self.main.by_path.keys() - run.by_path.keys()
             if not skipped:
                 return
-            other = self._attempt(f"train {seed}", other_batch(self.call), train=True, seed=seed)
+            other = self._attempt(f"train {seed}", self._other_batch, train=True, seed=seed)
             if other is not None:
                 found = skipped & other.by_path.keys()
                 run.by_path.update({path: other.by_path[path] for path in found})
@@ -96,11 +96,11 @@ class Runs:
 
     def alike(self) -> Run | None:
         """Return the recording in train mode, of as many samples as the example has."""
-        return self._attempt("train alike", self.call, train=True)
+        return self._attempt("train alike", self._as_it_is, train=True)
 
     def wider(self) -> Run | None:
         """Return the recording in eval mode, of another number of samples."""
-        return self._attempt("batch", other_batch(self.call), train=False)
+        return self._attempt("batch", self._other_batch, train=False)
 
     def longer(self) -> Run | None:
         """Return the recording in which dimensions of size 1, but for the samples, have size 2."""
@@ -115,7 +115,7 @@ class Runs:
         given = list(tensors_in((self.call.args, self.call.kwargs)))
         if not any(1 in tensor.shape[1:] for tensor in given):
             return None
-        return self._attempt("longer", self.call.map(grown), train=False)
+        return self._attempt("longer", lambda: self.call.map(grown), train=False)
 
     def _merging(self) -> frozenset[str]:
         """Return the paths of modules in whose own forward tensors of one shape are added.
@@ -159,11 +159,11 @@ class Runs:
         count = len({id(tensor) for tensor in tensors_in((one.args, one.kwargs))})
         if count == len(list(tensors_in((own.args, own.kwargs)))):
             return None
-        return self._attempt("aliased", one, train=False, as_it_is=True)
+        return self._attempt("aliased", lambda: one, train=False, as_it_is=True)
 
     def without_grad(self) -> Run | None:
         """Return the recording under the other grad state."""
-        return self._attempt("no grad", self.call, train=False, grad=not self.grad)
+        return self._attempt("no grad", self._as_it_is, train=False, grad=not self.grad)
 
     def with_grad_of_inputs(self) -> Run | None:
         """Return the recording in which the inputs require gradients."""
@@ -171,14 +171,16 @@ class Runs:
         def required(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
-        return self._attempt("grad of inputs", self.call.map(required), train=False, as_it_is=True)
+        return self._attempt(
+            "grad of inputs", lambda: self.call.map(required), train=False, as_it_is=True
+        )
 
     def under_autocast(self) -> Run | None:
         """Return the recording under autocast, or without it where it is on."""
         device = next((t.device.type for t in self.root.parameters()), "cpu")
         is_on = torch.is_autocast_enabled(device)
         with torch.autocast(device, torch.bfloat16, enabled=not is_on):
-            return self._attempt("autocast", self.call, train=False)
+            return self._attempt("autocast", self._as_it_is, train=False)
 
     def in_dtype(self, dtype: torch.dtype, *, train: bool = False) -> Run | None:
         """Return the recording of the model and its inputs in another dtype."""
@@ -188,7 +190,7 @@ class Runs:
 
         return self._attempt(
             f"{dtype}{' in train mode' if train else ''}",
-            self.call.map(cast),
+            lambda: self.call.map(cast),
             train=train,
             convert=lambda model: model.to(dtype),
         )
@@ -196,9 +198,12 @@ class Runs:
     def on_device(self, kind: str) -> Run | None:
         """Return the recording on another kind of device, without numbers."""
         there = Elsewhere(kind)
-        call = self.call.map(there.tensor)
         return self._attempt(
-            f"device {kind}", call, train=False, convert=there.model, under=there.entered
+            f"device {kind}",
+            lambda: self.call.map(there.tensor),
+            train=False,
+            convert=there.model,
+            under=there.entered,
         )
 
     def shared_names(self, path: str) -> dict[str, str]:
@@ -265,17 +270,24 @@ class Runs:
         with torch.no_grad():
             copy(*given.args, **given.kwargs)
 
-    def _attempt(self, name: str, call: Call | None, *, train: bool, **options: Any) -> Run | None:
-        """Return a recording, None where the model does not run that way."""
-        if call is None:
-            return None
+    def _as_it_is(self) -> Call:
+        return self.call
+
+    def _other_batch(self) -> Call | None:
+        return other_batch(self.call)
+
+    def _attempt(
+        self, name: str, make_call: Callable[[], Call | None], *, train: bool, **options: Any
+    ) -> Run | None:
+        """Return a recording, made once; None where the model does not run that way."""
         if name not in self._made:
             options.setdefault("grad", self.grad)
+            call, self._made[name] = make_call(), None
             try:
-                self._made[name] = self._run(name, call, train=train, **options)
+                if call is not None:
+                    self._made[name] = self._run(name, call, train=train, **options)
             except Exception as error:
                 raise_if_out_of_memory(error)
-                self._made[name] = None
         return self._made[name]
 
     def _run(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from blockprune.tracing.places import makes_message
+from blockprune.tracing.values import like_tuple
 
 __all__ = ["SIZES", "SizeFloat", "SizeInt", "plain", "same_size", "sized"]
 
@@ -198,8 +199,7 @@ def plain(value: Any) -> Any:
     if kind is list:
         return [plain(item) for item in value]
     if isinstance(value, tuple):
-        items = [plain(item) for item in value]
-        return kind._make(items) if hasattr(value, "_fields") else tuple(items)
+        return like_tuple(value, (plain(item) for item in value))
     if kind is dict:
         return {key: plain(item) for key, item in value.items()}
     if kind is slice:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 
-__all__ = ["TensorFact", "holds_tensor", "map_tensors", "storage_of", "tensors_in"]
+__all__ = ["TensorFact", "holds_tensor", "like_tuple", "map_tensors", "storage_of", "tensors_in"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,13 @@ class TensorFact:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+def like_tuple(value: tuple[Any, ...], items: Iterable[Any]) -> Any:
+    """Return a tuple of items; a named one, of the same class, where `value` is one."""
+    kind: Any = type(value)
+    # `_make` asks nothing of the items, as the class of a packed sequence does.
+    return kind._make(items) if hasattr(value, "_fields") else tuple(items)
+
+
 def map_tensors(
     value: Any,
     change: Callable[[Any], Any],
@@ -55,9 +62,7 @@ def map_tensors(
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, tuple):
-        items = [map_tensors(item, change, kind, other) for item in value]
-        named: Any = type(value)
-        return named._make(items) if hasattr(value, "_fields") else tuple(items)
+        return like_tuple(value, (map_tensors(item, change, kind, other) for item in value))
     if isinstance(value, list):
         return [map_tensors(item, change, kind, other) for item in value]
     if isinstance(value, dict):

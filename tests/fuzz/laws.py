@@ -231,9 +231,10 @@ def _analysis_problems(analysis: blockprune.BlockAnalysis, wanted: Truth) -> Ite
     if unseen:
         refused = {name: why for name, why in refused.items() if why != "opaque"}
     for owner, reasons in wanted.refused.items():
-        if owner in unseen or (owner not in refused and wanted.may_be_found(owner)):
+        may_be_found = wanted.may_be_found(owner)
+        if owner in unseen or (owner not in refused and may_be_found):
             continue
-        if refused.get(owner) not in {*reasons, *(["no_parameters"] * wanted.may_be_found(owner))}:
+        if refused.get(owner) not in (reasons | {"no_parameters"} if may_be_found else reasons):
             yield f"{owner} is refused as {refused.get(owner)}, not {sorted(reasons)}"
     for owner in refused.keys() - wanted.refused.keys():
         yield f"{owner} is refused as {refused[owner]}, and should not be"
