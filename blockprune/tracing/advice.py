@@ -21,6 +21,10 @@ _ADVICE = (
         r"of which a graph knows nothing",
         "Hand the object on to a module of its own that uses it, which is then called as it is.",
     ),
+    (
+        r"more in its __call__",
+        "Move what its __call__ does around super().__call__ into its forward.",
+    ),
     (r"^asked for by leaf_modules", "Leave it out of leaf_modules to have it looked into."),
     (
         r"^called with different constant|^does something else at another place",

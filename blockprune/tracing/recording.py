@@ -21,7 +21,8 @@ import math
 import sys
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -151,6 +152,9 @@ class _Recorder(TorchFunctionMode):
         self.no_grad: list[bool] = []
         self.handles: list[Any] = []
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
+        # Classes with a `__call__` of their own, which it is; and whose is running.
+        self.callers: list[tuple[Any, FunctionType]] = []
+        self.calling: list[nn.Module] = []
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -167,6 +171,7 @@ class _Recorder(TorchFunctionMode):
                 self._follow_settings(name, module)
             if path:
                 self._hook(name, module)
+        self._follow_calls()
         with self:
             value = self.model(*args, **kwargs)
             with torch._C.DisableTorchFunction():
@@ -184,6 +189,8 @@ class _Recorder(TorchFunctionMode):
                 attributes[name] = plain(followed)
         for handle in self.handles:
             handle.remove()
+        for kind, function in self.callers:
+            kind.__call__ = function
         self.held.clear()
         self.known.clear()
 
@@ -310,6 +317,63 @@ class _Recorder(TorchFunctionMode):
         self.handles.append(before(module, enter, prepend=True, with_kwargs=True))
         self.handles.append(after(module, leave, always_call=True))
 
+    def _follow_calls(self) -> None:
+        """Listen to what classes do around the forward, in a `__call__` of their own."""
+        modules = {id(module): path for path, module in self.model.named_modules() if path}
+        for kind in {kind for module in self.model.modules() for kind in type(module).__mro__}:
+            function = vars(kind).get("__call__")
+            is_of_torch = kind.__module__.partition(".")[0] == "torch"
+            if isinstance(function, FunctionType) and not is_of_torch:
+                self.callers.append((kind, function))
+                kind.__call__ = self._listening(function, modules)  # type: ignore[method-assign]
+
+    def _listening(self, function: FunctionType, modules: Mapping[int, str]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = modules.get(id(module))
+            if path is None or self.is_closed or self.in_leaf or module in self.calling:
+                return function(module, *args, **kwargs)
+            around = self.open[-1]
+            start, reason = len(around.events), self.stopped.get(around.path)
+            whole = Invocation(around, path=self.prefix + path, kind=type(module))
+            with torch._C.DisableTorchFunction():
+                self._check_state()
+                self._describe(whole, args, kwargs)
+            self.calling.append(module)
+            try:
+                output = function(module, *args, **kwargs)
+            finally:
+                self.calling.pop()
+            with torch._C.DisableTorchFunction():
+                self._check_state()
+                inside = around.events[start:]
+                if reason is None and around.path in self.stopped:
+                    reason = self.stopped.pop(around.path)
+                elif len(inside) == 1 and self._is_handed_on(whole, inside[0], output):
+                    return output
+                else:
+                    reason = "does more in its __call__ than to call its forward"
+                self.stopped[whole.path] = reason
+                around.events[start:] = [whole]
+                for event in inside:
+                    event.within = whole
+                    if isinstance(event, Invocation) and event.path == whole.path:
+                        whole.events += event.events
+                    else:
+                        whole.events.append(event)
+                return self._close(whole, output)
+
+        return call
+
+    def _is_handed_on(self, whole: Invocation, event: Step | Invocation, output: Any) -> bool:
+        """Whether an event is the forward of a module, called as the module and returned as is."""
+        return (
+            isinstance(event, Invocation)
+            and event.path == whole.path
+            and (event.args, event.kwargs) == (whole.args, whole.kwargs)
+            and event.result == self._encode(output)
+        )
+
     def _replay(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Give what a leaf gave, which was called another way."""
         before = self.replayed.get(self.open[-1].key)
@@ -319,15 +383,19 @@ class _Recorder(TorchFunctionMode):
         return decoded(before.result, {id(known): value for known, value in given})
 
     def _open(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._describe(call, args, kwargs)
+        self.calls[call.path] += 1
+        self.open[-1].events.append(call)
+        self.open.append(call)
+
+    def _describe(self, call: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note how a module is called."""
         _note_state(call)
         count = self.calls[call.path]
-        self.calls[call.path] += 1
         call.key = f"{call.path}@{count}" if count else call.path
         call.args, call.kwargs = self._encode(args), self._encode(kwargs)
         call.call = Call(plain(args), plain(kwargs)).described()
         call.given = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        self.open[-1].events.append(call)
-        self.open.append(call)
 
     def _close(self, call: Invocation, output: Any) -> Any:
         call.written = self._memory([t for t, version in call.given if t._version != version])
