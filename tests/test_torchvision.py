@@ -173,12 +173,15 @@ CASES = (
         options=SMALL_DETECTOR,
         end="bn3",
         modes=(False,),
+        large=True,
     ),
     Case(
         "fasterrcnn_mobilenet_v3_large_fpn",
         1 + _identities([2, 3, 4, 2, 3]),
         _image_list,
         options=SMALL_DETECTOR,
+        end="block",
+        modes=(False,),
     ),
     Case("retinanet_resnet50_fpn", 12, _image_list, options=SMALL_DETECTOR, large=True),
     Case("fcos_resnet50_fpn", 12, _image_list, options=SMALL_DETECTOR, large=True),
@@ -226,7 +229,9 @@ CUT = [c for c in CASES if c.modes]
 
 
 @pytest.mark.parametrize("case", CUT, ids=[c.name for c in CUT])
-def test_tickets_against_hooks(case: Case) -> None:
+def test_tickets_against_hooks(case: Case, large: bool) -> None:
+    if case.large and not large:
+        pytest.skip("only with --large")
     net, inputs = _build(case), case.inputs()
     names = blockprune.find_blocks(net, inputs).names
     cut = (names[0], names[len(names) // 2], names[-1])
