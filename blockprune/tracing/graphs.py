@@ -338,9 +338,12 @@ class _Writer:
         if isinstance(value, Built):
             items = {key: self._built(item) for key, item in value.items.items()}
             if issubclass(value.kind, dict) and not dataclasses.is_dataclass(value.kind):
-                return self._derived(value.kind, list(items.items()))
-            node = self.graph.create_node("call_function", value.kind, (), items)
-            self.facts.values[node] = None
+                node = self._derived(value.kind, list(items.items()))
+            else:
+                node = self.graph.create_node("call_function", value.kind, (), items)
+                self.facts.values[node] = None
+            memory = (self.facts.storages.get(item, frozenset()) for item in node.all_input_nodes)
+            self.facts.storages[node] = frozenset().union(*memory)
             return node
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             try:

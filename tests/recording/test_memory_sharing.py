@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +43,20 @@ class Returns(nn.Module):
         return self.how(x, first, second, third)
 
 
+@dataclasses.dataclass
+class Output:
+    """What a library returns in the place of a tuple."""
+
+    before: Any
+    after: Any
+
+
 OUTPUTS: dict[str, Callable[..., Any]] = {
     "both_ends": lambda x, a, b, c: (a, b, c),
     "a_list": lambda x, a, b, c: [b, c],
     "a_dict": lambda x, a, b, c: {"before": b, "after": c},
+    "a_dataclass": lambda x, a, b, c: Output(before=b, after=c),
+    "a_dataclass_of_lists": lambda x, a, b, c: Output(before=[b, (a,)], after={"last": c}),
     "nested": lambda x, a, b, c: {"all": [a, (b, c)], "last": c * 1},
     "views": lambda x, a, b, c: (b[0], c[:, 1:], b.transpose(1, 2)),
     "detached": lambda x, a, b, c: (b.detach(), c),
@@ -292,3 +303,27 @@ def test_a_layer_that_a_kept_branch_calls_too(cut: str) -> None:
     [name] = [found[0] if cut == "a" else found[1]]
     ticket = right(net, features(), [Trial(features(3))], cut=name, zero=cut)
     assert "shared.weight" in dict(ticket.named_parameters())
+
+
+class Outermost(nn.Module):
+    """Adds what it has computed to its input, and hands that out in a container."""
+
+    def __init__(self, how: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.how = how
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(x + self.f(torch.relu(x)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda y: y, lambda y: (y,), lambda y: {"y": y}, lambda y: Output(y, None)],
+    ids=["tensor", "tuple", "dict", "dataclass"],
+)
+def test_a_model_that_is_one_block_hands_out_memory_of_its_own(
+    how: Callable[[Tensor], Any],
+) -> None:
+    model = Outermost(how)
+    right(model, features(), [Trial(features(3, 4))], cut="f", zero="f")
