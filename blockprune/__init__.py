@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ModelSpecError,
         PlanError,
+        RecoveryError,
         SpecError,
         StalePlanError,
         TicketError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from blockprune.plan import PruningPlan
+    from blockprune.recovery import recover, recovery_of
     from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks, score_criteria
     from blockprune.surgery import remove_blocks
     from blockprune.tickets import load_ticket, plan_of, save_ticket
@@ -65,6 +67,7 @@ __all__ = [
     "PlanError",
     "PruningPlan",
     "Reason",
+    "RecoveryError",
     "Rejection",
     "ResidualBlock",
     "ScoreTable",
@@ -80,6 +83,8 @@ __all__ = [
     "make_plan",
     "plan_of",
     "prune",
+    "recover",
+    "recovery_of",
     "remove_blocks",
     "save_ticket",
     "score_blocks",
@@ -105,6 +110,7 @@ _HOMES = {
     "PlanError": "blockprune.errors",
     "PruningPlan": "blockprune.plan",
     "Reason": "blockprune.blocks",
+    "RecoveryError": "blockprune.errors",
     "Rejection": "blockprune.blocks",
     "ResidualBlock": "blockprune.blocks",
     "ScoreTable": "blockprune.scoring",
@@ -120,6 +126,8 @@ _HOMES = {
     "make_plan": "blockprune.api",
     "plan_of": "blockprune.tickets",
     "prune": "blockprune.api",
+    "recover": "blockprune.recovery",
+    "recovery_of": "blockprune.recovery",
     "remove_blocks": "blockprune.surgery",
     "save_ticket": "blockprune.tickets",
     "score_blocks": "blockprune.scoring",

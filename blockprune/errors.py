@@ -9,6 +9,7 @@
     │   ├── InfeasibleBudgetError              the budget cannot be met; says what can be reached
     │   └── StalePlanError                     the plan was made for another model
     ├── VerificationError(RuntimeError)        the ticket differs from its zero-branch reference
+    ├── RecoveryError(ValueError)              a cut network cannot be fitted from what was given
     ├── TicketError(ValueError)                a ticket file is damaged, foreign or in the way
     ├── MaskError(ValueError)                  a mask of weights is damaged, or does not fit
     ├── CheckpointError(ValueError)            a state of training is damaged, or does not fit
@@ -47,6 +48,7 @@ __all__ = [
     "MissingExtraError",
     "ModelSpecError",
     "PlanError",
+    "RecoveryError",
     "SpecError",
     "StalePlanError",
     "TicketError",
@@ -100,6 +102,10 @@ class StalePlanError(PlanError):
 
 class VerificationError(BlockpruneError, RuntimeError):
     """The ticket does not compute what its zero-branch reference computes."""
+
+
+class RecoveryError(BlockpruneError, ValueError):
+    """A ticket cannot be recovered from this dense model and these data."""
 
 
 class TicketError(BlockpruneError, ValueError):

@@ -7,6 +7,7 @@ traced again.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from blockprune.blocks import find_blocks
 from blockprune.errors import TicketError
 from blockprune.plan import PruningPlan
-from blockprune.surgery import TicketRecord, cut_blocks, record_of
+from blockprune.surgery import RecoveryRecord, TicketRecord, attach, cut_blocks, record_of
 from blockprune.tensor_files import TensorFiles
 from blockprune.tracing import Call, TensorFact, tensors_in
 
@@ -43,6 +44,7 @@ class _Header(BaseModel):
     preserve_root: bool
     aliases: dict[str, str]
     leaf_modules: tuple[str, ...]
+    recovery: RecoveryRecord | None = None
 
 
 def plan_of(ticket: nn.Module) -> PruningPlan:
@@ -103,6 +105,7 @@ def save_ticket(
         "preserve_root": record.preserve_root,
         "leaf_modules": list(record.leaf_modules),
         "aliases": aliases,
+        "recovery": record.recovery and record.recovery.model_dump(mode="json"),
     }
     _FILES.write(target, tensors, header)
 
@@ -139,6 +142,9 @@ def load_ticket(
     how = {"preserve_root": header.preserve_root, "leaf_modules": header.leaf_modules}
     ticket = cut_blocks(dense_model, analysis, header.plan.model_copy(update=how), verify=verify)
     _fill(ticket, tensors, header.aliases, path)
+    record = record_of(ticket)
+    assert record is not None
+    attach(ticket, dataclasses.replace(record, recovery=header.recovery))
     return ticket
 
 

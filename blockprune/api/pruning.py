@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,12 @@ from blockprune.api.planning import Planner
 from blockprune.blocks import BlockAnalysis, Reason, find_blocks
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
-from blockprune.errors import InfeasibleBudgetError
+from blockprune.criteria.batches import Replay
+from blockprune.errors import InfeasibleBudgetError, RecoveryError
 from blockprune.inputs import infer_example_inputs
 from blockprune.plan import Budget, budget_asked_for
+from blockprune.recovery import METHODS
+from blockprune.recovery import recover as recovered
 from blockprune.scoring import first_inputs
 from blockprune.surgery import cut_blocks, record_of
 from blockprune.tracing import LeafModules, TensorFact
@@ -44,6 +47,7 @@ def prune(
     verify: bool = True,
     preserve_root: bool = False,
     leaf_modules: LeafModules = (),
+    recover: str | None = None,
 ) -> nn.Module:
     """Return a copy of `model` without its least important residual blocks.
 
@@ -80,6 +84,9 @@ def prune(
         preserve_root: keep the root module's class and methods; see `remove_blocks`.
         leaf_modules: modules that are called and not looked into: classes, names of classes, or
             `fnmatch` patterns of qualified names.
+        recover: a method of `blockprune.recover` ("refit", "map", "scale" or "norms"), which makes
+            up for what has gone with the same data and `max_batches`. None: the ticket is exactly
+            the dense model without these branches.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
@@ -105,6 +112,8 @@ def prune(
     asked = budget_asked_for(
         p, keep_macs=keep_macs, keep_params=keep_params, max_latency_ms=max_latency_ms
     )
+    if recover is not None:
+        data = _data_to_recover(recover, data)
     if example_inputs is None and data is not None:
         example_inputs, data = first_inputs(model, data)
     if example_inputs is None:
@@ -132,7 +141,25 @@ def prune(
     )
     _refuse_if_hopeless(model, analysis, asked)
     planner.check(asked)
-    return cut_blocks(model, analysis, planner.plan(asked), verify=verify)
+    ticket = cut_blocks(model, analysis, planner.plan(asked), verify=verify)
+    if recover is None:
+        return ticket
+    return recovered(ticket, model, data, recover, max_batches=max_batches, in_place=True)
+
+
+def _data_to_recover(method: str, data: Any) -> Any:
+    """Return data that can be read several times.
+
+    Raises:
+        RecoveryError: there is no such method, or there are no data.
+    """
+    if method not in METHODS:
+        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
+    if data is None:
+        raise RecoveryError(
+            f"recover={method!r} needs data: a few hundred samples such as the network will see."
+        )
+    return Replay(data) if isinstance(data, Iterator) else data
 
 
 def _example_of(model: nn.Module, seed: int) -> Any:

@@ -6,14 +6,53 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 
 from blockprune.plan import PruningPlan
 from blockprune.tracing import Call
 
-__all__ = ["TicketRecord", "attach", "record_of", "translated"]
+__all__ = ["GapRecord", "RecoveryRecord", "TicketRecord", "attach", "record_of", "translated"]
 
 _KEY = "blockprune"
+
+
+class GapRecord(BaseModel):
+    """What a recovery did for one gap: a run of removed blocks.
+
+    Attributes:
+        blocks: names of the removed blocks.
+        weights: names of the weights that were fitted; none where no linear operation reaches it.
+        residual_before: squared error of the stream against the dense model's, as a share of the
+            squares of the dense one, in the cut network with the gaps before it recovered.
+        residual_after: the same with the fitted weights.
+        ridge: what the fit was held to the weights as they were with; None where nothing was
+            fitted.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    blocks: tuple[str, ...]
+    weights: tuple[str, ...]
+    residual_before: float
+    residual_after: float
+    ridge: float | None = None
+
+
+class RecoveryRecord(BaseModel):
+    """How a ticket was recovered. Its weights are then no longer those of the dense model.
+
+    Attributes:
+        method: "norms", "scale", "map" or "refit".
+        samples: how many samples of the data were read.
+        gaps: in order of execution; empty for "norms".
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    method: str
+    samples: int
+    gaps: tuple[GapRecord, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +68,7 @@ class TicketRecord:
         verified: the modes in which the ticket was proved equal to its reference.
         compared: each comparison of that proof in words, such as "train: outputs, 62 gradients".
         renamed: for each layer that moved up in its list, its name to that in the dense model.
+        recovery: what was done to its weights after the cut.
     """
 
     plan: PruningPlan
@@ -39,6 +79,7 @@ class TicketRecord:
     verified: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    recovery: RecoveryRecord | None = None
 
 
 def attach(ticket: nn.Module, record: TicketRecord) -> None:

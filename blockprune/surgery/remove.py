@@ -42,7 +42,7 @@ from blockprune.tracing import (
     surroundings_kept,
 )
 
-__all__ = ["cut_blocks", "remove_blocks"]
+__all__ = ["cut_blocks", "cuts_of", "remove_blocks"]
 
 
 def remove_blocks(
@@ -140,7 +140,7 @@ def cut_blocks(
             "granularity and the kind of example inputs that it was made with."
         )
     with surroundings_kept(model):
-        cuts = _resolve(analysis, plan.remove, plan.granularity)
+        cuts = cuts_of(analysis, plan.remove, plan.granularity)
         _warn_of_approximation(cuts)
         by_region: dict[Flow, list[Cut]] = {}
         for cut in cuts:
@@ -283,12 +283,13 @@ def _after(earlier: TicketRecord, plan: PruningPlan, record: TicketRecord) -> Ti
         call=earlier.call,
         removed=together.remove,
         renamed={**earlier.renamed, **moved},
+        recovery=earlier.recovery,
     )
 
 
 def _plan_of_names(analysis: BlockAnalysis, names: list[str]) -> PruningPlan:
     """Return the plan that removes these blocks and those nested in them."""
-    cuts = _resolve(analysis, names, analysis.granularity)
+    cuts = cuts_of(analysis, names, analysis.granularity)
     return named_plan(analysis, _removed(analysis, cuts), _granularity_of(cuts))
 
 
@@ -316,7 +317,12 @@ def _granularity_of(cuts: Iterable[Cut]) -> Granularity:
     return "branch" if all(cut.branch.is_exact for cut in cuts) else "layer_approx"
 
 
-def _resolve(analysis: BlockAnalysis, names: Iterable[str], granularity: str) -> list[Cut]:
+def cuts_of(analysis: BlockAnalysis, names: Iterable[str], granularity: str) -> list[Cut]:
+    """Return the cuts that remove these blocks.
+
+    Raises:
+        BlockNotFoundError, BlockNotRemovableError: one of the names is not that of a block.
+    """
     known = {*analysis.cuts.branches, *analysis.cuts.layers}
     if granularity == "layer_approx":
         known |= set(analysis.cuts.bypasses)

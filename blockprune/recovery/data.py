@@ -1,0 +1,114 @@
+"""What a recovery reads: the same batches again for each gap, some of them held out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.criteria.batches import Batch, Replay, batches_of
+from blockprune.errors import DataError, RecoveryError
+from blockprune.randomness import preserved_rng
+from blockprune.tracing import Call
+
+__all__ = ["Batches", "MaskFunction", "weights_of"]
+
+MaskFunction = Callable[[Call], Tensor]
+"""From the arguments of a model to the weight of each position, (samples, positions)."""
+
+HELD_OUT = 4
+"""One batch of so many is held out."""
+_SINK = 30.0
+
+
+class Batches:
+    """The batches of a user's data, as calls of a model.
+
+    A single batch counts as two, the last quarter of its samples being held out.
+
+    Args:
+        model: on whose device they are to be.
+        data: as for `score_blocks`.
+        limit: at most so many; None: all.
+
+    Attributes:
+        samples: how many were read the last time.
+    """
+
+    def __init__(self, model: nn.Module, data: Any, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise DataError(f"max_batches is at least 1, not {limit}.")
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._limit, self.samples = limit, 0
+        if isinstance(data, Iterator):
+            kept: Iterable[Batch] = Replay(itertools.islice(batches_of(model, data, device), limit))
+            self._read: Callable[[], Iterable[Batch]] = lambda: kept
+        else:
+            self._read = lambda: batches_of(model, data, device)
+
+    def __iter__(self) -> Iterator[tuple[Call, bool]]:
+        """Yield each call, and whether it is held out.
+
+        Raises:
+            DataError: there is none.
+        """
+        with preserved_rng():
+            batches = iter(itertools.islice(self._read(), self._limit))
+            first = list(itertools.islice(batches, 2))
+            if not first:
+                raise DataError("The data is empty: recovering needs at least one batch.")
+            self.samples = 0
+            if len(first) == 1 and len(first[0]) >= HELD_OUT:
+                batch = first.pop()
+                start = len(batch) - len(batch) // HELD_OUT
+                first = [batch.part(0, start), batch.part(start, len(batch))]
+                self.samples = len(batch)
+                yield first[0].call, False
+                yield first[1].call, True
+                return
+            for position, batch in enumerate(itertools.chain(first, batches)):
+                self.samples += len(batch)
+                yield batch.call, position % HELD_OUT == HELD_OUT - 1
+
+    def inputs(self) -> Iterator[Any]:
+        """Yield the batches as `recalibrate_norms` takes them."""
+        for call, _ in self:
+            yield call, None
+
+
+def weights_of(call: Call, stream: Tensor, mask_fn: MaskFunction | None) -> Tensor:
+    """Return what each number of a stream counts, in a shape that broadcasts to it.
+
+    Padded positions count nothing: those where `mask_fn`, or else an argument `attention_mask`, is
+    zero. Nor do positions of a sequence whose stream is many times as long as that of others, which
+    carry no content (attention sinks), and would decide the fit alone.
+
+    Raises:
+        RecoveryError: the mask does not fit the stream.
+    """
+    weights = torch.ones((1,) * stream.dim(), dtype=stream.dtype, device=stream.device)
+    mask = call.kwargs.get("attention_mask") if mask_fn is None else mask_fn(call)
+    is_sequence = stream.dim() == 3
+    if isinstance(mask, Tensor) and mask.dim() == 2 and is_sequence:
+        if mask.shape == stream.shape[:2]:
+            weights = weights * mask.to(weights)[..., None]
+        elif mask_fn is not None:
+            raise RecoveryError(
+                f"mask_fn returned weights of shape {tuple(mask.shape)} for a stream of shape "
+                f"{tuple(stream.shape)}; it takes (samples, positions), {tuple(stream.shape[:2])}."
+            )
+    elif mask_fn is not None:
+        raise RecoveryError(
+            "mask_fn returned no tensor (samples, positions), or the stream of this model has no "
+            f"positions in a row: its shape is {tuple(stream.shape)}."
+        )
+    if is_sequence:
+        lengths = stream.detach().double().norm(dim=-1)
+        counted = lengths[(weights[..., 0] > 0).expand_as(lengths)]
+        if counted.numel():
+            is_content = lengths <= _SINK * counted.median()
+            weights = weights * is_content.to(weights)[..., None]
+    return weights

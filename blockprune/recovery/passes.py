@@ -1,0 +1,94 @@
+"""Running the dense model up to the targets of gaps, and the cut one up to their streams.
+
+Both are copies whose regions follow their recorded graphs node by node, so that any value in them
+can be looked at by name. A run ends as soon as it has what it was made for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from blockprune.randomness import seed_rng
+from blockprune.recovery.gaps import Place
+from blockprune.surgery import follow
+from blockprune.tracing import Call, CallInterpreter, isolated
+
+__all__ = ["Followed"]
+
+
+class Followed:
+    """A model in evaluation mode, whose values can be looked at.
+
+    Args:
+        model: a copy of the dense model, which is changed.
+        graphs: region path to the graph that it is to follow there.
+    """
+
+    def __init__(self, model: nn.Module, graphs: Mapping[str, fx.Graph]) -> None:
+        self.model = follow(
+            model.eval().requires_grad_(False),
+            graphs,
+            lambda path: partial(_Looking, run=self, path=path),
+        )
+        self._wanted: Collection[Place] = ()
+        self._seen: dict[Place, list[Any]] = {}
+        self._ends = False
+
+    def values(self, call: Call, *places: Place) -> dict[Place, list[Any]]:
+        """Return all values that these places have in one whole run."""
+        with self._looking(places, ends=False):
+            self._run(call)
+        return self._seen
+
+    def value(self, call: Call, place: Place) -> Tensor:
+        """Return the first value of a place; the run ends there."""
+        with self._looking([place], ends=True), contextlib.suppress(_Seen):
+            self._run(call)
+        found: Tensor = self._seen[place][0]
+        return found
+
+    def _run(self, call: Call) -> None:
+        given = call.map(lambda tensor: tensor.detach().clone())
+        with isolated():
+            seed_rng(0)
+            self.model(*given.args, **given.kwargs)
+
+    @contextlib.contextmanager
+    def _looking(self, places: Collection[Place], *, ends: bool) -> Iterator[None]:
+        self._wanted, self._ends = set(places), ends
+        self._seen = {place: [] for place in places}
+        try:
+            yield
+        finally:
+            self._wanted = ()
+
+    def note(self, place: Place, value: Any) -> None:
+        """Keep a value that was computed, if it is looked for."""
+        if place not in self._wanted:
+            return
+        # Somebody may write into it later on.
+        kept = value if self._ends or not isinstance(value, Tensor) else value.clone()
+        self._seen[place].append(kept)
+        if self._ends:
+            raise _Seen
+
+
+class _Seen(BaseException):
+    """What was looked for is there; no code of the model is to take this for an error."""
+
+
+class _Looking(CallInterpreter):
+    def __init__(self, *args: Any, run: Followed, path: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_of = run
+        self.path = path
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.run_of.note(Place(self.path, n.name), value)
+        return value

@@ -1,0 +1,197 @@
+"""Which linear operations reach a gap, found by trial.
+
+An operation can be refitted where the stream depends on its result y alone, and by a tail A whose
+A^T A is diagonal (see `tail`). No list of layers says so. The cut model runs once more for each
+candidate, the last ones first, with something added to y: the stream must change by A times that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.errors import raise_if_out_of_memory
+from blockprune.recovery.gaps import Place
+from blockprune.recovery.operations import LinearCall, Watching
+from blockprune.recovery.passes import Followed
+from blockprune.recovery.tail import Tail
+from blockprune.tracing import Call
+
+__all__ = ["Reach", "names_of", "run_to", "which_reach"]
+
+_FURTHER = 2
+"""How many operations that fail are tried behind one that reaches a gap."""
+_MOST = 24
+"""How many operations are tried for one gap."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """A linear operation that can be refitted for a gap.
+
+    Attributes:
+        operation: as it was called.
+        scales: what the square of each output counts in the stream, (groups, outputs of a group);
+            0 for one that does not reach it.
+        share: how much of the stream it reaches.
+    """
+
+    operation: LinearCall
+    scales: Tensor
+    share: float
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the name of each parameter and buffer by its identity."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {id(tensor): name for name, tensor in tensors}
+
+
+def run_to(
+    cut: Followed,
+    call: Call,
+    stream: Place,
+    leaves: frozenset[str],
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, dict[str, LinearCall], list[LinearCall]]:
+    """Run the cut model up to a stream.
+
+    Returns:
+        The stream, the calls whose results are leaves, by the names of their weights, and all
+        calls of linear operations in order.
+    """
+    watching = Watching(names_of(cut.model), leaves, change)
+    with torch.enable_grad(), watching:
+        value = cut.value(call, stream)
+    calls = {seen.weight: seen for seen in watching.calls if seen.weight in leaves}
+    return value, calls, watching.calls
+
+
+def which_reach(cut: Followed, call: Call, stream: Place) -> list[Reach]:
+    """Return the operations that a gap can be fitted with.
+
+    One, if it reaches the whole stream. Where several do, that behind most other linear operations
+    (the end of a branch goes before a projection beside it), and of these that with the most
+    numbers to fit for each output. Else as many as reach parts of it (concatenated branches).
+    """
+    value, _, calls = run_to(cut, call, stream, frozenset())
+    if not value.is_floating_point():
+        return []
+    times = Counter(seen.weight for seen in calls)
+    candidates = [seen.weight for seen in reversed(calls) if times[seen.weight] == 1][:_MOST]
+    whole: list[Reach] = []
+    parts: list[Reach] = []
+    failed = 0
+    for weight in candidates:
+        found = _try(cut, call, stream, weight)
+        if found is None:
+            failed += 1
+        else:
+            (whole if found.share > _WHOLE else parts).append(found)
+            failed = 0
+        if failed > _FURTHER and (whole or sum(part.share for part in parts) > _WHOLE):
+            break
+    if len(whole) < 2:
+        return whole or list(_apart(parts))
+    _, _, calls = run_to(cut, call, stream, frozenset({calls[0].weight}))
+    levels = _levels(calls)
+    return [max(whole, key=lambda one: (levels[one.operation.weight], _columns(cut.model, one)))]
+
+
+_WHOLE = 0.999
+
+
+def _levels(calls: list[LinearCall]) -> dict[str, int]:
+    """Return on how many linear operations in a row the result of each depends."""
+    own = {seen.node for seen in calls if seen.node is not None}
+    known: dict[Any, int] = {None: 0}
+    for seen in calls:
+        pending = [seen.node]
+        while pending:
+            node = pending[-1]
+            before = [] if node is None else [other for other, _ in node.next_functions]
+            missing = [other for other in before if other not in known]
+            if node not in known and missing:
+                pending += missing
+                continue
+            pending.pop()
+            known.setdefault(node, max((known[o] for o in before), default=0) + (node in own))
+    return {seen.weight: known[seen.node] for seen in calls}
+
+
+def _columns(model: nn.Module, reach: Reach) -> int:
+    weight = model.get_parameter(reach.operation.weight)
+    return reach.operation.matrix(weight).shape[1]
+
+
+def _apart(parts: list[Reach]) -> Iterator[Reach]:
+    """Yield those that together reach no more than there is."""
+    share = 0.0
+    for part in parts:
+        if share + part.share <= 1.001:
+            share += part.share
+            yield part
+
+
+def _try(cut: Followed, call: Call, stream: Place, weight: str) -> Reach | None:
+    value, seen, _ = run_to(cut, call, stream, frozenset({weight}))
+    operation = seen[weight]
+    leaf = operation.returned
+    assert leaf is not None
+    if not Tail.reaches(value, leaf):
+        return None
+    try:
+        return _measured(cut, call, stream, operation, leaf, value)
+    except RuntimeError as error:
+        raise_if_out_of_memory(error)
+        # What has no second derivative is not linear.
+        return None
+
+
+def _measured(
+    cut: Followed, call: Call, stream: Place, operation: LinearCall, leaf: Tensor, value: Tensor
+) -> Reach | None:
+    tail = Tail(value, leaf)
+    spread = leaf.detach().double().std().nan_to_num().to(leaf.dtype).clamp_min(1e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def signs() -> Tensor:
+        drawn = torch.randint(0, 2, leaf.shape, generator=generator)
+        return (drawn * 2 - 1).to(leaf) * spread
+
+    one, other = signs(), signs()
+    moved = tail.forward(one)
+    changed, _, _ = run_to(cut, call, stream, frozenset({operation.weight}), lambda y: one)
+    if not _close(changed - value, moved, value):
+        return None
+    squares = tail.backward(moved) / one
+    if not _close(tail.backward(tail.forward(other)) / other, squares, squares):
+        return None
+    rows = operation.outputs(squares.detach().double())
+    scales = rows.amax(dim=1)
+    # Each position counts as much in every channel that reaches the stream.
+    shares = rows / scales.clamp_min(1e-300).unsqueeze(1)
+    reached = scales > 1e-12 * scales.max().clamp_min(1e-300)
+    if not bool(reached.any()):
+        return None
+    first = shares.gather(
+        2, reached.long().argmax(dim=1)[:, None, None].expand(-1, len(shares[0]), 1)
+    )
+    if not bool((torch.where(reached.unsqueeze(1), shares - first, 0.0).abs() < 1e-2).all()):
+        return None
+    share = float((moved.detach() != 0).double().mean())
+    plain = dataclasses.replace(operation, given=None, returned=None, node=None)
+    return Reach(plain, torch.where(reached, scales, 0.0), share)
+
+
+def _close(found: Tensor, wanted: Tensor, size: Tensor) -> bool:
+    """Whether two changes are alike, as far as the digits of `size` go."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    digits = torch.finfo(size.dtype).eps * size.detach().double().abs().max()
+    error = (found - wanted).abs().max()
+    return bool(error <= 1e-3 * wanted.abs().max() + 64 * digits)

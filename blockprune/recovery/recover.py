@@ -1,0 +1,204 @@
+"""`recover`: a ticket that works again, from its dense model and a few samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.blocks import BlockAnalysis, find_blocks
+from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
+from blockprune.recovery.data import Batches, MaskFunction
+from blockprune.recovery.fitting import FAMILIES
+from blockprune.recovery.work import Work
+from blockprune.scoring import first_inputs
+from blockprune.sparsity import recalibrate_norms
+from blockprune.surgery import (
+    RecoveryRecord,
+    TicketRecord,
+    attach,
+    record_of,
+    translated,
+)
+from blockprune.tracing import Call, copy_model, isolated, structural_copy, tensors_in
+
+__all__ = ["METHODS", "recover", "recovery_of"]
+
+METHODS: Final = ("norms", *FAMILIES)
+"""What `recover` knows, from the weakest to the strongest."""
+
+
+def recovery_of(ticket: nn.Module) -> RecoveryRecord | None:
+    """Return how a ticket was recovered, None if it was not.
+
+    Raises:
+        RecoveryError: the module is not a ticket.
+    """
+    return _record(ticket).recovery
+
+
+def recover(
+    ticket: nn.Module,
+    dense_model: nn.Module,
+    data: Any,
+    method: str = "refit",
+    *,
+    ridge: float | None = None,
+    max_batches: int | None = None,
+    mask_fn: MaskFunction | None = None,
+    in_place: bool = False,
+) -> nn.Module:
+    """Return the ticket with weights that make up for the blocks it has lost, without training.
+
+    A cut turns the stream behind a run of removed blocks into the stream in front of it. The last
+    linear operation that adds into that stream (a convolution, `nn.Linear`, the projection of an
+    attention; a normalisation may stand behind it) is fitted, so that the stream becomes the one
+    that the dense model has behind the run:
+
+        min over P  sum over samples and positions  |u + A (Z P - Z P0) - h|^2
+                    + ridge * mean(diag Z^T Z) * |P - P0|^2
+
+    with h the stream of the dense model, u that of the ticket, Z what the operation reads, P0 its
+    weight and A what lies between it and the stream. Gaps are fitted in order of execution, each on
+    the stream as the earlier ones left it. No label is needed; no layer is added; names, shapes and
+    the number of parameters stay. A gap that no linear operation reaches is left as it is.
+
+    Args:
+        ticket: from `prune`, `remove_blocks` or `load_ticket`.
+        dense_model: what it was cut from, trained; left untouched.
+        data: batches of inputs such as the network will see, as for `score_blocks`; labels are not
+            looked at. They are read several times.
+        method: "refit" fits the whole weight; "map" a square map of its outputs (ReplaceMe),
+            "scale" one number (Prune&Comp); "norms" takes the running statistics of batch
+            normalisations again, and fits nothing.
+        ridge: how strongly a weight is held to what it is; 0 is plain least squares. None: the
+            best of a few on every fourth batch, which is left out of the fit for that.
+        max_batches: at most so many batches are read; None: all.
+        mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
+            each position. None: the argument `attention_mask`, where there is one of that shape.
+        in_place: change the ticket itself, which saves the memory of a copy.
+
+    Returns:
+        A copy of the ticket, or the ticket, in the mode that it was in. `recovery_of` has what was
+        done for each gap.
+
+    Raises:
+        RecoveryError: the ticket is none, or not of this dense model; too few samples; activations
+            that are not finite.
+        DataError: the data are empty, or no arguments of the model.
+        TraceError: the dense model does not run on them.
+
+    Example:
+        >>> import torch, blockprune
+        >>> from blockprune.models import resnet20
+        >>> dense, images = resnet20(), torch.rand(64, 3, 32, 32)
+        >>> ticket = blockprune.remove_blocks(dense, ["layer2.1"], images[:2])
+        >>> ticket = blockprune.recover(ticket, dense, images)
+        >>> [gap] = blockprune.recovery_of(ticket).gaps
+        >>> gap.weights, gap.residual_after < gap.residual_before
+        (('layer2.0.conv2.weight',), True)
+
+    Source:
+        "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
+        2025, for "map"; "refit" fits every input of the operation instead.
+    """
+    if method not in METHODS:
+        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
+    if ridge is not None and not ridge >= 0:
+        raise RecoveryError(f"a ridge is a number of at least 0, not {ridge!r}.")
+    record = _record(ticket)
+    example, data = first_inputs(dense_model, data)
+    batches = Batches(dense_model, data, max_batches)
+    with memory_errors():
+        result = ticket if in_place else copy_model(ticket)
+        if method == "norms":
+            _renormalise(result, batches)
+            recovery = RecoveryRecord(method=method, samples=batches.samples)
+        else:
+            work = Work(
+                dense_model,
+                ticket,
+                record,
+                _analysed(dense_model, record, example),
+                batches,
+                mask_fn,
+            )
+            fit = FAMILIES[method]
+            gaps = tuple(work.recovered(gap, example, fit, ridge) for gap in work.gaps(example))
+            _fill(result, work, record, example)
+            recovery = RecoveryRecord(method=method, samples=batches.samples, gaps=gaps)
+    attach(result, dataclasses.replace(record, recovery=recovery))
+    return result
+
+
+def _record(ticket: nn.Module) -> TicketRecord:
+    record = record_of(ticket)
+    if record is None:
+        raise RecoveryError(
+            f"this {type(ticket).__name__} is not a ticket: it carries no plan. Tickets come from "
+            "blockprune.prune, remove_blocks and load_ticket."
+        )
+    return record
+
+
+def _analysed(dense_model: nn.Module, record: TicketRecord, example: Call) -> BlockAnalysis:
+    analysis = find_blocks(
+        dense_model,
+        example,
+        record.plan.granularity,
+        preserve_root=record.preserve_root,
+        leaf_modules=record.leaf_modules,
+    )
+    if analysis.fingerprint != record.plan.fingerprint:
+        raise StalePlanError(
+            f"the ticket was cut from a model of another structure (fingerprint "
+            f"{record.plan.fingerprint[:12]}..., this {type(dense_model).__name__} has "
+            f"{analysis.fingerprint[:12]}...). Pass the model that it was cut from, and data of "
+            "the kind that it was cut with."
+        )
+    return analysis
+
+
+def _renormalise(ticket: nn.Module, batches: Batches) -> None:
+    """Take the running statistics again, with a copy that has no hooks of the user."""
+    copied = structural_copy(ticket)
+    recalibrate_norms(copied, batches.inputs())
+    found = dict(copied.named_buffers())
+    with torch.no_grad():
+        for name, buffer in ticket.named_buffers():
+            buffer.copy_(found[name])
+
+
+def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) -> None:
+    """Write what was found into a ticket, and prove that it then computes what was fitted.
+
+    Raises:
+        VerificationError: it does not; it is as it was.
+    """
+    own = {
+        translated(name, record.renamed): tensor
+        for name, tensor in (*ticket.named_parameters(), *ticket.named_buffers())
+    }
+    before = {name: own[name].detach().clone() for name in work.changed}
+    with torch.no_grad():
+        for name, value in work.changed.items():
+            own[name].copy_(value)
+    wanted, found = _outputs(work.cut.model, example), _outputs(structural_copy(ticket), example)
+    for one, other in zip(wanted, found, strict=True):
+        room = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0
+        if not torch.allclose(other, one, rtol=room, atol=room * float(one.abs().max())):
+            with torch.no_grad():
+                for name, value in before.items():
+                    own[name].copy_(value)
+            raise VerificationError(
+                "with the fitted weights the ticket does not compute what the cut model does; its "
+                "weights are as they were."
+            )
+
+
+def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    given = call.map(lambda tensor: tensor.clone())
+    with isolated(), torch.no_grad():
+        return list(tensors_in(model.eval()(*given.args, **given.kwargs)))

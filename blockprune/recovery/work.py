@@ -1,0 +1,228 @@
+"""One gap after the other: what it is fitted to, with what, and what is written back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockprune.blocks import BlockAnalysis
+from blockprune.errors import RecoveryError, VerificationError
+from blockprune.recovery.data import Batches, MaskFunction, weights_of
+from blockprune.recovery.fitting import Fit, Fitted, fitted
+from blockprune.recovery.folding import folded, has_bias, start_of
+from blockprune.recovery.gaps import Gap, gaps_of
+from blockprune.recovery.gram import Gram
+from blockprune.recovery.operations import LinearCall
+from blockprune.recovery.passes import Followed
+from blockprune.recovery.reach import Reach, run_to, which_reach
+from blockprune.recovery.tail import Tail
+from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
+from blockprune.tracing import Call, copy_model, structural_copy
+
+__all__ = ["Work"]
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What was seen of one gap: of each operation, and of the gap itself.
+
+    Attributes:
+        grams: by the name of a weight.
+        error, size: squares of what is missing in the stream, and of what it should be.
+    """
+
+    grams: dict[str, Gram]
+    error: float = 0.0
+    size: float = 0.0
+
+
+class Work:
+    """The recovery of one ticket.
+
+    Args:
+        dense_model, ticket: are left as they are.
+        record: of the ticket.
+        analysis: of the dense model.
+        batches: what is read.
+        mask_fn: see `recover`.
+
+    Attributes:
+        cut: the dense model without what was removed, with the weights of the ticket.
+        changed: new values by their names in the dense model.
+    """
+
+    def __init__(
+        self,
+        dense_model: nn.Module,
+        ticket: nn.Module,
+        record: TicketRecord,
+        analysis: BlockAnalysis,
+        batches: Batches,
+        mask_fn: MaskFunction | None,
+    ) -> None:
+        self.batches, self.mask_fn = batches, mask_fn
+        self.changed: dict[str, Tensor] = {}
+        cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
+        self._gaps = gaps_of(analysis.cuts, cuts)
+        flows = {cut.flow: [c for c in cuts if c.flow is cut.flow] for cut in cuts}
+        self.dense = Followed(
+            structural_copy(dense_model), {f.region.path: f.region.graph for f in flows}
+        )
+        # Without the user's hooks, and with weights of its own.
+        shallow = copy_model(structural_copy(dense_model))
+        _load(shallow, ticket, record)
+        self.cut = Followed(
+            shallow,
+            {f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in flows.items()},
+        )
+
+    def gaps(self, call: Call) -> list[Gap]:
+        """Return the gaps, those that are one on an example made one, in order of execution."""
+        streams = self._values(self.cut, call, [gap.stream for gap in self._gaps])
+        targets = self._values(self.dense, call, [gap.target for gap in self._gaps])
+        found: list[tuple[Gap, Tensor]] = []
+        for gap in self._gaps:
+            [stream], [target] = streams[gap.stream], targets[gap.target]
+            if stream.shape != target.shape or not stream.is_floating_point():
+                raise RecoveryError(
+                    f"the stream without {', '.join(gap.blocks)} has the shape "
+                    f"{tuple(stream.shape)}, and {tuple(target.shape)} with them."
+                )
+            if found and torch.equal(found[-1][1], stream):
+                before, _ = found.pop()
+                gap = dataclasses.replace(
+                    gap, blocks=(*before.blocks, *gap.blocks), stream=before.stream
+                )
+            found.append((gap, stream))
+        return [gap for gap, _ in found]
+
+    def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
+        """Fit one gap, write what was found into the cut model, and return how it went.
+
+        Raises:
+            RecoveryError: too few samples, or activations that are not finite.
+            VerificationError: the weights do not compute what was fitted.
+        """
+        reaches = which_reach(self.cut, call, gap.stream)
+        sums, held_out = self._sums(reaches), self._sums(reaches)
+        for batch, is_held_out in self.batches:
+            self._add(held_out if is_held_out else sums, gap, reaches, batch)
+        error, size = sums.error + held_out.error, sums.size + held_out.size
+        left, chosen = error, None
+        for reach in reaches:
+            operation = reach.operation
+            best = fitted(
+                family,
+                sums.grams[operation.weight],
+                held_out.grams[operation.weight],
+                start_of(self.cut.model, operation),
+                reach.scales,
+                has_bias=has_bias(operation),
+                ridge=ridge,
+            )
+            left, chosen = left - best.gain, best.ridge
+            self._write(gap, call, operation, best)
+        size = max(size, torch.finfo(torch.float64).tiny)
+        return GapRecord(
+            blocks=gap.blocks,
+            weights=tuple(reach.operation.weight for reach in reaches),
+            residual_before=error / size,
+            residual_after=max(left, 0.0) / size,
+            ridge=chosen,
+        )
+
+    def _values(self, model: Followed, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
+        with torch.no_grad():
+            found = model.values(call, *places)
+        for place, values in found.items():
+            if len(values) != 1:
+                raise RecoveryError(
+                    f"{place.region or 'the model'!r} is called {len(values)} times in one pass: "
+                    "what one call of it lacks cannot be told from another."
+                )
+        return found
+
+    def _sums(self, reaches: list[Reach]) -> _Sums:
+        grams = {}
+        for reach in reaches:
+            start = start_of(self.cut.model, reach.operation)
+            groups, columns, outputs = start.shape
+            grams[reach.operation.weight] = Gram.zeros(groups, columns - 1, outputs, start.device)
+        return _Sums(grams)
+
+    def _add(self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call) -> None:
+        with torch.no_grad():
+            wanted = self.dense.value(call, gap.target)
+        leaves = frozenset(reach.operation.weight for reach in reaches)
+        stream, calls, _ = run_to(self.cut, call, gap.stream, leaves)
+        wanted = wanted.to(stream.device)
+        missing = wanted - stream.detach()
+        if not bool(missing.isfinite().all()):
+            raise RecoveryError(
+                f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
+                "data. Leave out the samples that cause it, or use a wider precision."
+            )
+        weights = weights_of(call, wanted, self.mask_fn)
+        sums.error += float((weights.double() * missing.double() ** 2).sum())
+        sums.size += float((weights.double() * wanted.double() ** 2).sum())
+        for reach in reaches:
+            operation = calls[reach.operation.weight]
+            leaf = operation.returned
+            assert leaf is not None
+            tail = Tail(stream, leaf)
+            counts = tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach()
+            change = tail.backward(weights * missing).detach()
+            goal = leaf.detach() + torch.where(counts > 0, change / counts, 0)
+            rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
+            shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
+            sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
+
+    def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
+        """Put a fit into the cut model, and prove that the stream is what was fitted."""
+        weight = operation.weight
+        stream, calls, _ = run_to(self.cut, call, gap.stream, frozenset({weight}))
+        seen = calls[weight]
+        assert seen.returned is not None
+        rows = seen.inputs().double()
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) @ best.matrix
+        change = seen.result(rows, seen.returned).to(seen.returned.dtype) - seen.returned.detach()
+        wanted = (stream + Tail(stream, seen.returned).forward(change)).detach()
+        values = folded(self.cut.model, operation, best.matrix, best.gram)
+        _write_into(self.cut.model, values)
+        self.changed |= values
+        found, _, _ = run_to(self.cut, call, gap.stream, frozenset())
+        error = float((found.detach() - wanted).abs().max())
+        room = torch.finfo(wanted.dtype).eps ** 0.5 * float(wanted.abs().max())
+        if not error <= room:
+            raise VerificationError(
+                f"with new numbers in {weight} the stream at {', '.join(gap.blocks)} is not what "
+                f"was fitted: largest difference {error:.3g}. The model may keep a copy of it."
+            )
+
+
+def _write_into(model: nn.Module, values: dict[str, Tensor]) -> None:
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)
+
+
+def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
+    """Copy the tensors of a ticket into a copy of the dense model.
+
+    Raises:
+        RecoveryError: they do not fit.
+    """
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in (*ticket.named_parameters(), *ticket.named_buffers()):
+            own = state.get(translated(name, record.renamed))
+            if own is None or own.shape != tensor.shape:
+                raise RecoveryError(
+                    f"{name!r} of the ticket is no tensor of the dense model, or has another "
+                    "shape: it was cut from another model."
+                )
+            own.copy_(tensor)
