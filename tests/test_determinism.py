@@ -37,10 +37,10 @@ def _numbers(seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = resnet20()
     data = torch.randn(20, 3, 16, 16), torch.arange(20) % 10
-    scores = {
-        name: blockprune.score_blocks(model, name, data, seed=seed).scores for name in CRITERIA
-    }
-    plan = blockprune.make_plan(blockprune.find_blocks(model, data[0][:2]), scores["snip"], p=3)
+    analysis = blockprune.find_blocks(model, data[0][:2])
+    tables = blockprune.score_criteria(model, CRITERIA, data, seed=seed, analysis=analysis)
+    scores = {name: table.scores for name, table in tables.items()}
+    plan = blockprune.make_plan(analysis, scores["snip"], p=3)
     ticket = blockprune.remove_blocks(model, plan, data[0][:2])
     history = train(ticket, TensorDataset(*data), Recipe(epochs=2, batch_size=10, seed=seed))
     return {

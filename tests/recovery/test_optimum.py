@@ -13,7 +13,7 @@ from tests.recovery.nets import KINDS, built, by_hand, images
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_refit_is_the_optimum(kind: str) -> None:
     dense, x = built(kind), images()
-    ticket = blockprune.remove_blocks(dense, "blocks.2", x[:2])
+    ticket = blockprune.remove_blocks(dense, "blocks.2", x[:2], verify=False)
     found = blockprune.recover(ticket, dense, x, ridge=0.0)
     expected = by_hand(dense, dense, 2, x)
     # Elsewhere they differ where an input is zero on all of these.
@@ -27,7 +27,7 @@ def test_a_refit_is_the_optimum(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pre-activation", "batch norm", "linear"])
 def test_gaps_are_fitted_in_order_each_on_what_the_one_before_left(kind: str) -> None:
     dense, x = built(kind), images()
-    ticket = blockprune.remove_blocks(dense, ["blocks.1", "blocks.3"], x[:2])
+    ticket = blockprune.remove_blocks(dense, ["blocks.1", "blocks.3"], x[:2], verify=False)
     found = blockprune.recover(ticket, dense, x, ridge=0.0)
     expected = by_hand(dense, dense, 1, x)
     expected = by_hand(expected, dense, 3, x)
@@ -39,7 +39,7 @@ def test_gaps_are_fitted_in_order_each_on_what_the_one_before_left(kind: str) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_larger_family_leaves_no_larger_residual(kind: str) -> None:
     dense, x = built(kind), images()
-    ticket = blockprune.remove_blocks(dense, ["blocks.2", "blocks.3"], x[:2])
+    ticket = blockprune.remove_blocks(dense, ["blocks.2", "blocks.3"], x[:2], verify=False)
     left = {}
     for method in ("scale", "map", "refit"):
         found = blockprune.recover(ticket, dense, x, method, ridge=0.0)
@@ -58,7 +58,7 @@ def test_a_larger_family_leaves_no_larger_residual(kind: str) -> None:
 def test_the_residual_is_that_of_the_streams(kind: str) -> None:
     """Both are measured here with hooks on modules of the dense model and of the ticket."""
     dense, x = built(kind), images()
-    ticket = blockprune.remove_blocks(dense, "blocks.4", x[:2])
+    ticket = blockprune.remove_blocks(dense, "blocks.4", x[:2], verify=False)
     found = blockprune.recover(ticket, dense, x, ridge=0.0)
     [gap] = blockprune.recovery_of(found).gaps
     # The last block is gone: the head reads the mean of the stream, behind the activation.
