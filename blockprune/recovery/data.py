@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.criteria.batches import Batch, Replay, batches_of
-from blockprune.errors import DataError, RecoveryError
+from blockprune.errors import DataError
 from blockprune.randomness import preserved_rng
 from blockprune.tracing import Call
 
@@ -79,36 +79,25 @@ class Batches:
             yield call, None
 
 
-def weights_of(call: Call, stream: Tensor, mask_fn: MaskFunction | None) -> Tensor:
+def weights_of(stream: Tensor, mask: Tensor | None, *, is_sequence: bool) -> Tensor:
     """Return what each number of a stream counts, in a shape that broadcasts to it.
 
-    Padded positions count nothing: those where `mask_fn`, or else an argument `attention_mask`, is
-    zero. Nor do positions of a sequence whose stream is many times as long as that of others, which
-    carry no content (attention sinks), and would decide the fit alone.
+    Positions where the mask is zero count nothing. Nor do positions whose stream is many times as
+    long as that of others: language models park attention on tokens without content (sinks), which
+    would decide the fit alone.
 
-    Raises:
-        RecoveryError: the mask does not fit the stream.
+    Args:
+        stream: (samples, positions, channels) where it is a sequence; else anything.
+        mask: (samples, positions), or None. One of another shape belongs to another sequence.
+        is_sequence: whether channels come last.
     """
     weights = torch.ones((1,) * stream.dim(), dtype=stream.dtype, device=stream.device)
-    mask = call.kwargs.get("attention_mask") if mask_fn is None else mask_fn(call)
-    is_sequence = stream.dim() == 3
-    if isinstance(mask, Tensor) and mask.dim() == 2 and is_sequence:
-        if mask.shape == stream.shape[:2]:
-            weights = weights * mask.to(weights)[..., None]
-        elif mask_fn is not None:
-            raise RecoveryError(
-                f"mask_fn returned weights of shape {tuple(mask.shape)} for a stream of shape "
-                f"{tuple(stream.shape)}; it takes (samples, positions), {tuple(stream.shape[:2])}."
-            )
-    elif mask_fn is not None:
-        raise RecoveryError(
-            "mask_fn returned no tensor (samples, positions), or the stream of this model has no "
-            f"positions in a row: its shape is {tuple(stream.shape)}."
-        )
-    if is_sequence:
-        lengths = stream.detach().double().norm(dim=-1)
-        counted = lengths[(weights[..., 0] > 0).expand_as(lengths)]
-        if counted.numel():
-            is_content = lengths <= _SINK * counted.median()
-            weights = weights * is_content.to(weights)[..., None]
+    if not is_sequence or stream.dim() != 3:
+        return weights
+    if mask is not None and mask.shape == stream.shape[:2]:
+        weights = weights * mask.to(weights)[..., None]
+    lengths = stream.detach().double().norm(dim=-1)
+    counted = lengths[(weights[..., 0] > 0).expand_as(lengths)]
+    if counted.numel():
+        weights = weights * (lengths <= _SINK * counted.median()).to(weights)[..., None]
     return weights

@@ -13,6 +13,7 @@ convolution all of its window), and P is its weight.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -21,11 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from blockprune.tracing import tensors_in
+
 __all__ = ["LinearCall", "NormCall", "Watching"]
 
 Layout = Literal["inputs last", "outputs last", "convolution"]
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_LOOKING = frozenset({"__get__", "__len__", "dim", "is_floating_point", "numel", "size"})
+"""Functions that look at a tensor and not at its numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,10 @@ class Watching(TorchFunctionMode):
         names: identity of each parameter and buffer to its name.
         leaves: names of the weights whose calls keep what they read, and return a leaf.
         change: is added to what these return.
+
+    Attributes:
+        calls: what was seen.
+        uses: how many calls of torch, of any kind, read each of the named tensors.
     """
 
     def __init__(
@@ -133,6 +142,7 @@ class Watching(TorchFunctionMode):
         super().__init__()
         self.names, self.leaves, self.change = names, leaves, change
         self.calls: list[LinearCall] = []
+        self.uses: Counter[str] = Counter()
         self._latest: tuple[Tensor, LinearCall] | None = None
 
     def __torch_function__(
@@ -143,6 +153,9 @@ class Watching(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _LOOKING:
+            own = map(self._name, tensors_in((args, kwargs)))
+            self.uses.update({name for name in own if name is not None})
         if func is F.linear or func in _CONVOLUTIONS:
             return self._operation(func, args, kwargs)
         if func in (torch.addmm, Tensor.addmm):

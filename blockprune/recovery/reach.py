@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from blockprune.recovery.passes import Followed
 from blockprune.recovery.tail import Tail
 from blockprune.tracing import Call
 
-__all__ = ["Reach", "names_of", "run_to", "which_reach"]
+__all__ = ["Reach", "names_of", "run_to", "uses_in", "which_reach"]
 
 _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
@@ -72,8 +72,16 @@ def run_to(
     return value, calls, watching.calls
 
 
-def which_reach(cut: Followed, call: Call, stream: Place) -> list[Reach]:
-    """Return the operations that a gap can be fitted with.
+def uses_in(cut: Followed, call: Call) -> Counter[str]:
+    """Return how often each parameter is read in one whole run."""
+    watching = Watching(names_of(cut.model))
+    with torch.no_grad(), watching:
+        cut.values(call)
+    return watching.uses
+
+
+def which_reach(cut: Followed, call: Call, stream: Place, uses: Mapping[str, int]) -> list[Reach]:
+    """Return the operations that a gap can be fitted with, of weights that nothing else reads.
 
     One, if it reaches the whole stream. Where several do, that behind most other linear operations
     (the end of a branch goes before a projection beside it), and of these that with the most
@@ -82,8 +90,8 @@ def which_reach(cut: Followed, call: Call, stream: Place) -> list[Reach]:
     value, _, calls = run_to(cut, call, stream, frozenset())
     if not value.is_floating_point():
         return []
-    times = Counter(seen.weight for seen in calls)
-    candidates = [seen.weight for seen in reversed(calls) if times[seen.weight] == 1][:_MOST]
+    own = [seen for seen in calls if all(uses[n] == 1 for n in (seen.weight, seen.bias) if n)]
+    candidates = [seen.weight for seen in reversed(own)][:_MOST]
     whole: list[Reach] = []
     parts: list[Reach] = []
     failed = 0

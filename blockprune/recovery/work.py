@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from blockprune.recovery.gaps import Gap, gaps_of
 from blockprune.recovery.gram import Gram
 from blockprune.recovery.operations import LinearCall
 from blockprune.recovery.passes import Followed
-from blockprune.recovery.reach import Reach, run_to, which_reach
+from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
 from blockprune.recovery.tail import Tail
 from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
 from blockprune.tracing import Call, copy_model, structural_copy
@@ -64,6 +65,7 @@ class Work:
         mask_fn: MaskFunction | None,
     ) -> None:
         self.batches, self.mask_fn = batches, mask_fn
+        self._signature = inspect.signature(dense_model.forward)
         self.changed: dict[str, Tensor] = {}
         cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
         self._gaps = gaps_of(analysis.cuts, cuts)
@@ -106,7 +108,7 @@ class Work:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
-        reaches = which_reach(self.cut, call, gap.stream)
+        reaches = which_reach(self.cut, call, gap.stream, uses_in(self.cut, call))
         sums, held_out = self._sums(reaches), self._sums(reaches)
         for batch, is_held_out in self.batches:
             self._add(held_out if is_held_out else sums, gap, reaches, batch)
@@ -165,7 +167,8 @@ class Work:
                 f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
                 "data. Leave out the samples that cause it, or use a wider precision."
             )
-        weights = weights_of(call, wanted, self.mask_fn)
+        is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
+        weights = weights_of(wanted, self._mask(call), is_sequence=is_sequence)
         sums.error += float((weights.double() * missing.double() ** 2).sum())
         sums.size += float((weights.double() * wanted.double() ** 2).sum())
         for reach in reaches:
@@ -179,6 +182,21 @@ class Work:
             rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
             shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
             sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
+
+    def _mask(self, call: Call) -> Tensor | None:
+        """Return the weight of each position, where a user or the call has one.
+
+        Raises:
+            RecoveryError: what the user's function returns is none.
+        """
+        if self.mask_fn is None:
+            found = self._signature.bind(*call.args, **call.kwargs).arguments
+            mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
+            return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask = self.mask_fn(call)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
+        return mask
 
     def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
         """Put a fit into the cut model, and prove that the stream is what was fitted."""

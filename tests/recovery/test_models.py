@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,59 @@ def test_concatenated_ends_are_fitted_together() -> None:
     [gap] = blockprune.recovery_of(blockprune.recover(ticket, dense, x)).gaps
     assert set(gap.weights) == {"1.one.weight", "1.three.weight"}
     assert gap.residual_after < 0.9 * gap.residual_before
+
+
+class Again(nn.Module):
+    """Calls its first block once more at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([Parallel() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in (*self.blocks, self.blocks[0]):
+            x = block(x)
+        return x
+
+
+def test_a_weight_that_is_used_elsewhere_too_is_not_fitted() -> None:
+    torch.manual_seed(0)
+    dense, x = Again().eval(), torch.randn(64, 8)
+    ticket = blockprune.remove_blocks(dense, ["blocks.1.mix", "blocks.1.up"], x[:2])
+    found = blockprune.recover(ticket, dense, x)
+    [gap] = blockprune.recovery_of(found).gaps
+    assert gap.weights == ()
+    assert same(state(found), state(ticket))
+
+
+def test_a_signal_has_no_sinks_among_its_channels() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv1d(3, 6, 3), *[Signal() for _ in range(4)], nn.Conv1d(6, 2, 1))
+    with torch.no_grad():
+        dense[0].weight[0] *= 1e4
+    x = torch.randn(32, 3, 12)
+    ticket = blockprune.remove_blocks(dense.eval(), "2", x[:2])
+    found = blockprune.recover(ticket, dense, x, ridge=0.0)
+    [gap] = blockprune.recovery_of(found).gaps
+    streams = []
+    for model in (dense, found):
+        own = copy.deepcopy(dense)
+        own.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            streams.append((own[:3] if model is dense else own[:2])(x))
+    error = (streams[1] - streams[0]).square().sum() / streams[0].square().sum()
+    assert gap.residual_after == pytest.approx(float(error), rel=1e-2)
+
+
+class Signal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(6, 6, 3, padding=1), nn.Conv1d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.tanh(self.one(x)))
 
 
 class Parallel(nn.Module):

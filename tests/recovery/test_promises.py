@@ -292,8 +292,34 @@ def test_a_mask_function_says_what_counts() -> None:
     found = blockprune.recover(ticket, dense, texts(), ridge=1e-3, mask_fn=half)
     plain = blockprune.recover(ticket, dense, texts(), ridge=1e-3)
     assert not same(state(found), state(plain))
-    with pytest.raises(RecoveryError, match=r"takes \(samples, positions\)"):
-        blockprune.recover(ticket, dense, texts(), mask_fn=lambda call: torch.ones(16, 4))
+    with pytest.raises(RecoveryError, match=r"\(samples, positions\)"):
+        blockprune.recover(ticket, dense, texts(), mask_fn=lambda call: torch.ones(16))
+
+
+def test_a_mask_that_is_passed_by_position_counts_as_well() -> None:
+    dense, padded = transformer(), texts(4, 7)
+    few = tuple(first(padded).values())
+    ticket = blockprune.remove_blocks(dense, GONE, few, verify=False)
+    named = blockprune.recover(ticket, dense, padded, ridge=1e-3)
+    data = [(tuple(padded.values()), None)]
+    assert same(state(named), state(blockprune.recover(ticket, dense, data, ridge=1e-3)))
+
+
+def test_tokens_that_dwarf_all_others_do_not_decide() -> None:
+    dense = transformer()
+    ticket = blockprune.remove_blocks(dense, GONE, first(texts()), verify=False)
+    with torch.no_grad():
+        for model in (dense, ticket):
+            model.embed.weight[0] = 1e4
+    batch = texts()
+    batch["ids"][:, 0] = 0
+    batch["ids"][:, 1:].clamp_(min=1)
+    found = blockprune.recover(ticket, dense, batch, ridge=1e-3)
+    kept = blockprune.recover(
+        ticket, dense, batch, ridge=1e-3, mask_fn=lambda call: (call.kwargs["ids"] != 0).double()
+    )
+    for name, value in state(kept).items():
+        torch.testing.assert_close(state(found)[name], value, rtol=1e-9, atol=1e-12)
 
 
 # --- bad input ----------------------------------------------------------------------------------
