@@ -27,7 +27,7 @@ _SINK = 30.0
 class Batches:
     """The batches of a user's data, as calls of a model.
 
-    A single batch counts as two, the last quarter of its samples being held out.
+    Every fourth is held out, of two or three the last, and of a single one its last samples.
 
     Args:
         model: on whose device they are to be.
@@ -57,7 +57,7 @@ class Batches:
         """
         with preserved_rng():
             batches = iter(itertools.islice(self._read(), self._limit))
-            first = list(itertools.islice(batches, 2))
+            first = list(itertools.islice(batches, HELD_OUT))
             if not first:
                 raise DataError("The data is empty: recovering needs at least one batch.")
             self.samples = 0
@@ -69,9 +69,10 @@ class Batches:
                 yield first[0].call, False
                 yield first[1].call, True
                 return
+            last = min(len(first), HELD_OUT) - 1
             for position, batch in enumerate(itertools.chain(first, batches)):
                 self.samples += len(batch)
-                yield batch.call, position % HELD_OUT == HELD_OUT - 1
+                yield batch.call, last > 0 and position % HELD_OUT == last
 
     def inputs(self) -> Iterator[Any]:
         """Yield the batches as `recalibrate_norms` takes them."""

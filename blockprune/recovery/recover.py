@@ -74,7 +74,8 @@ def recover(
             "scale" one number (Prune&Comp); "norms" takes the running statistics of batch
             normalisations again, and fits nothing.
         ridge: how strongly a weight is held to what it is; 0 is plain least squares. None: the
-            best of a few on every fourth batch, which is left out of the fit for that.
+            best of a few on every fourth batch, which is left out of the fit for that. Let batches
+            differ as the data do (other photos, other texts), or a small ridge looks too good.
         max_batches: at most so many batches are read; None: all.
         mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
             each position. None: the argument `attention_mask`, where there is one of that shape.

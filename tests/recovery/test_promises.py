@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import blockprune
 from blockprune.errors import DataError, RecoveryError, StalePlanError
 from blockprune.models import resnet20
+from blockprune.recovery.data import Batches
 from tests.recovery.nets import built, images
 
 METHODS = ("norms", "scale", "map", "refit")
@@ -129,6 +130,27 @@ def test_held_out_batches_choose_no_worse_a_ridge_than_none_at_all() -> None:
     [gap] = blockprune.recovery_of(found).gaps
     assert gap.ridge is not None
     assert (found(new) - wanted).norm() < (ticket(new) - wanted).norm()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held"),
+    [([1], [False]), ([8], [False, True]), ([4, 4], [False, True]), ([4, 4, 1], [0, 0, 1])],
+)
+def test_something_is_held_out_where_there_are_samples_for_it(
+    sizes: list[int], held: list[bool]
+) -> None:
+    dense, _, x = cut()
+    batches = Batches(dense, [(part, None) for part in x[: sum(sizes)].split(sizes)])
+    found = list(batches)
+    assert [is_held_out for _, is_held_out in found] == held
+    assert batches.samples == sum(sizes)
+    assert torch.equal(torch.cat([call.args[0] for call, _ in found]), x[: sum(sizes)])
+
+
+def test_every_fourth_batch_is_held_out() -> None:
+    dense, _, x = cut()
+    found = [is_held_out for _, is_held_out in Batches(dense, [(p, None) for p in x.split(2)])]
+    assert found == [False, False, False, True] * 3
 
 
 def test_max_batches() -> None:
