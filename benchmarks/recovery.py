@@ -120,7 +120,13 @@ def _fashion_seed(
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     dense = resnet32(in_channels=1)
-    schedule = {"schedule": "one_cycle", "batch_size": 128, "weight_decay": 5e-4, "seed": seed}
+    schedule = {
+        "schedule": "one_cycle",
+        "warmup_epochs": 0.5,
+        "batch_size": 128,
+        "weight_decay": 5e-4,
+        "seed": seed,
+    }
     train(dense, data, Recipe(epochs=args.epochs, lr=0.1, **schedule))
     more = Recipe(epochs=1, lr=0.01, **schedule)
 

@@ -7,7 +7,7 @@ import linecache
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +157,21 @@ class _Case:
         left, found = self.truth.removable.keys() - gone, blockprune.find_blocks(once, x)
         # What was refused for what a branch inside it does may be a block once that is gone.
         freed = set(found.names) - left
-        if not left.issubset(found.names) or not freed.issubset(self.truth.refused):
+        kept = {name for name in left if not self._is_emptied(name, gone)}
+        if not kept.issubset(found.names) or not freed.issubset(self.truth.refused):
             yield f"the ticket without {alone[0]} has {found.names} instead of {sorted(left)}"
             return
         twice = cut_blocks(once, found, _plan(found, alone[1:]), verify=False)
         mine = outcome(twice, x, train=False, backward=False)
         theirs = outcome(ticket, x, train=False, backward=False)
         yield from (f"in two steps: {problem}" for problem in disagreements(mine, theirs))
+
+    def _is_emptied(self, name: str, gone: Collection[str]) -> bool:
+        """Whether a branch has no parameters left once the branches in `gone`, inside it, are."""
+        inner = [self.truth.removable[one].path for one in self.truth.nested[name] if one in gone]
+        path = self.truth.removable[name].path
+        own = (f"{path}.{key}" for key, _ in self.dense.get_submodule(path).named_parameters())
+        return bool(inner) and all(key.startswith(tuple(f"{one}." for one in inner)) for key in own)
 
     # ------------------------------------------------------------ numbers
 
