@@ -1321,3 +1321,37 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
 )
 def test_names_break_at_their_dots(name: str, width: int, lines: list[str]) -> None:
     assert wrap_name(name, width).split("\n") == lines
+
+
+def test_a_ticket_is_recovered(cli: Cli, tmp_path: Path) -> None:
+    from blockprune import load_ticket, recovery_of
+
+    asked = ("-p", 3, "-c", "l1", "--out", "t.safetensors", "--data", "digits")
+    assert cli("prune", RESNET20, *asked)[0] == 0
+    asked = ("--data", "digits", "--samples", 100, "--out", "r.safetensors")
+    code, out, err = cli("recover", "t.safetensors", RESNET20, *asked)
+    assert (code, err) == (0, "")
+    assert "recovered by refit, from 100 images" in out
+    [gap] = recovery_of(load_ticket(resnet20(), tmp_path / "r.safetensors")).gaps
+    assert gap.residual_after < gap.residual_before
+    for text in (", ".join(gap.blocks), *gap.weights, f"{gap.residual_after:.3f}"):
+        assert text in out
+    found = _json(cli, "recover", "t.safetensors", RESNET20, *asked, "--method", "map", "--force")
+    assert found["recovery"]["method"] == "map"
+    # The file that was there is not touched where a name is taken.
+    code, _, err = cli("recover", "t.safetensors", RESNET20, *asked)
+    assert (code, "--force" in err) == (1, True)
+
+
+def test_prune_and_recover_in_one_command(cli: Cli, tmp_path: Path) -> None:
+    from blockprune import load_ticket, recovery_of
+
+    options = ("-p", 3, "-c", "l1", "--data", "digits", "--recover", "scale", "--samples", 40)
+    found = _json(cli, "prune", RESNET20, *options)
+    record = recovery_of(load_ticket(resnet20(), tmp_path / "ticket.safetensors"))
+    assert found["recovery"] == record.model_dump(mode="json")
+    assert (record.method, record.samples) == ("scale", 40)
+    _, out, _ = cli("prune", RESNET20, *options, "--force")
+    assert "recovered by scale, from 40 images" in out
+    code, _, err = cli("prune", RESNET20, "-p", 1, "--recover", "refit", "--force")
+    assert (code, "name a data set with --data" in err) == (1, True)

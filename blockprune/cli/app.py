@@ -64,6 +64,16 @@ class Data(StrEnum):
     imagenet = "imagenet"
 
 
+class RecoveryMethod(StrEnum):
+    """How a ticket makes up for the blocks it has lost."""
+
+    # As blockprune.recovery.METHODS has them, which takes torch to import.
+    norms = "norms"
+    refit = "refit"
+    map = "map"
+    scale = "scale"
+
+
 class NumberFormat(StrEnum):
     """What numbers a network is run with."""
 
@@ -256,6 +266,9 @@ LeafModules = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Samples = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Images that a recovery reads, about.")
+]
 
 
 @app.command()
@@ -320,6 +333,11 @@ def prune(
     input_shape: InputShape = None,
     preserve_root: PreserveRoot = False,
     leaf_modules: LeafModules = None,
+    recover: Annotated[
+        RecoveryMethod | None,
+        typer.Option(help="Make up for what has gone, with images of --data."),
+    ] = None,
+    samples: Samples = 512,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -349,7 +367,55 @@ def prune(
         preserve_root=preserve_root,
         leaf_modules=tuple(leaf_modules or ()),
     )
-    run(source, recipe, budgets[0], out, force=force, as_json=as_json)
+    run(
+        source,
+        recipe,
+        budgets[0],
+        out,
+        force=force,
+        as_json=as_json,
+        recover=recover and recover.value,
+        samples=samples,
+    )
+
+
+@app.command()
+def recover(
+    ticket: Annotated[Path, typer.Argument(metavar="TICKET", help="A ticket's file.")],
+    model: Model,
+    data: Annotated[Data, typer.Option(help="Images such as the network will see.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The recovered ticket's file.")] = Path(
+        "recovered.safetensors"
+    ),
+    method: Annotated[
+        RecoveryMethod, typer.Option(help="What is fitted in front of each gap.")
+    ] = RecoveryMethod.refit,
+    force: Force = False,
+    data_root: DataRoot = Path("data"),
+    samples: Samples = 512,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make up for the blocks that TICKET has lost of MODEL, without training."""
+    shapes = [parse_shape(text) for text in input_shape or []]
+    from blockprune.cli.models import ModelSource
+    from blockprune.cli.prune import check_out
+    from blockprune.cli.recover import run
+
+    check_out(out, force=force)
+    run(
+        ticket,
+        ModelSource(model, weights, shapes, seed),
+        method.value,
+        out,
+        data=data.value,
+        data_root=data_root,
+        samples=samples,
+        force=force,
+        as_json=as_json,
+    )
 
 
 @app.command()

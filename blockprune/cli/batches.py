@@ -16,9 +16,14 @@ IMAGES_PER_CLASS = 10
 
 
 def scoring_batch(
-    data: str, inputs: tuple[Tensor, ...], *, root: Path, seed: int
+    data: str,
+    inputs: tuple[Tensor, ...],
+    *,
+    root: Path,
+    seed: int,
+    images_in_all: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return ``(images, labels)`` of a data set, ten training images a class, not augmented.
+    """Return ``(images, labels)`` of a data set, as many training images a class, not augmented.
 
     Args:
         data: ``random``, or a name of `blockprune.data.DATASETS`.
@@ -26,6 +31,7 @@ def scoring_batch(
             are resized; grey images are repeated for a model that reads three channels.
         root: the folder that holds the files of the data set; `digits` needs none.
         seed: of the draw, and of the split of the digits.
+        images_in_all: about how many; None: ten of each class.
 
     Returns:
         None for ``random``: scoring then draws a batch itself, and says so.
@@ -53,7 +59,10 @@ def scoring_batch(
         raise _misfit(
             data, f"{' or '.join(sorted(wanted))} images (try --input-shape {example})", inputs
         )
-    batch, labels = balanced_batch(images.train, images.num_classes, IMAGES_PER_CLASS, seed=seed)
+    each = IMAGES_PER_CLASS
+    if images_in_all is not None:
+        each = max(1, images_in_all // images.num_classes)
+    batch, labels = balanced_batch(images.train, images.num_classes, each, seed=seed)
     chosen = batch.expand(-1, shape[1], -1, -1).contiguous()
     return chosen.to(inputs[0]), labels.to(inputs[0].device)
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from blockprune.cli.models import ModelSource
 from blockprune.cli.output import count, print_json, print_line, print_table, working
+from blockprune.cli.recover import images_of, print_recovery
 from blockprune.cli.tickets import Recipe, Workbench
 from blockprune.costs import model_costs
 from blockprune.errors import TicketError
 from blockprune.plan import Budget
+from blockprune.recovery import recover as recovered
+from blockprune.recovery import recovery_of
 from blockprune.tickets import save_ticket
 
 __all__ = ["check_out", "run"]
@@ -39,6 +42,8 @@ def run(
     *,
     force: bool = False,
     as_json: bool = False,
+    recover: str | None = None,
+    samples: int = 512,
 ) -> None:
     """Prune a model, write the ticket and print what went.
 
@@ -49,12 +54,22 @@ def run(
         out: the ticket file.
         force: replace ``out`` where it exists.
         as_json: print JSON in place of tables.
+        recover: the method that makes up for what has gone, None for none.
+        samples: how many images it reads.
     """
     with working(f"Pruning {source.spec} ..."):
         model, inputs = source.load()
+        images = None
+        if recover is not None:
+            images = images_of(
+                recipe.data, inputs, root=recipe.data_root, samples=samples, seed=recipe.seed
+            )
         bench = Workbench(model, inputs, recipe, [budget])
         [plan] = bench.plans
         ticket = bench.cut(plan)
+        if recover is not None:
+            recovered(ticket, model, images, recover, in_place=True)
+        recovery = recovery_of(ticket)
         dense_costs = model_costs(model, inputs)
         ticket_costs = model_costs(ticket, inputs)
         save_ticket(ticket, out, overwrite=force)
@@ -66,6 +81,7 @@ def run(
                 "plan": plan.model_dump(mode="json"),
                 "dense": {"params": dense_costs.params, "macs": dense_costs.macs},
                 "ticket": {"params": ticket_costs.params, "macs": ticket_costs.macs},
+                "recovery": recovery and recovery.model_dump(mode="json"),
             }
         )
         return
@@ -78,4 +94,7 @@ def run(
         print_table(("block", header), rows, numeric=(header,))
     print_line(f"parameters {count(dense_costs.params)} -> {count(ticket_costs.params)}")
     print_line(f"MACs       {count(dense_costs.macs)} -> {count(ticket_costs.macs)}")
-    print_line(f"Verified against the dense model; written to {out}")
+    print_line("The cut was verified against the dense model")
+    if recovery is not None:
+        print_recovery(recovery)
+    print_line(f"Written to {out}")
