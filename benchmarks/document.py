@@ -272,6 +272,42 @@ def _counted(verdicts: Iterable[Result]) -> str:
     return f"Of {len(found)} kinds of ticket: {words}."
 
 
+def _recovery_efficientnet(result: Result) -> Iterator[str]:
+    methods = result["methods"]
+    yield (
+        f"{len(result['removed'])} blocks removed by `kl`: {', '.join(result['removed'])}. Fitted "
+        f"to {result['fitted_to']} crops of some photos, tested on {result['tested_on']} of others."
+    )
+    yield _table(
+        ["method", "top-1 agreement", "top-5 agreement", "KL", "ridges", "seconds of CPU"],
+        [
+            [
+                name,
+                *(f"{row['value'][part]:.3f}" for part in ("top1", "top5", "kl")),
+                ", ".join(f"{ridge:g}" for ridge in row.get("ridges", ())),
+                f"{row['seconds']:.0f}",
+            ]
+            for name, row in methods.items()
+        ],
+    )
+    best = methods["refit"]["value"]["top1"]
+    yield _targets([_target("top-1 agreement after refit", best, at_least=0.7, at_most=1.0)])
+
+
+def _recovery_fashion(result: Result) -> Iterator[str]:
+    yield (
+        f"ResNet32 on {result['images']} images of {result['size']}x{result['size']}, "
+        f"{result['epochs']} epochs, {len(result['runs'])} seeds; means of the test accuracy in "
+        f"percent. Dense {result['dense']:.1f}, after one epoch more "
+        f"{result['dense_one_epoch_more']:.1f}."
+    )
+    names = list(next(iter(result["means"].values())))
+    yield _table(
+        ["blocks removed", *names],
+        [[key, *(f"{row[name]:.1f}" for name in names)] for key, row in result["means"].items()],
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "table4": _table4,
     "against_peers": _against_peers,
@@ -279,6 +315,8 @@ SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "ticket_overhead": _ticket_overhead,
     "scoring": _scoring,
     "analysis_scaling": _analysis_scaling,
+    "recovery_efficientnet": _recovery_efficientnet,
+    "recovery_fashion": _recovery_fashion,
     "lottery": _lottery,
 }
 

@@ -63,7 +63,7 @@ def recovered(
             "value": measure(working),
             "seconds": seconds,
             "residuals": [(gap.residual_before, gap.residual_after) for gap in record.gaps],
-            "ridges": [gap.ridge for gap in record.gaps],
+            "ridges": [gap.ridge for gap in record.gaps if gap.ridge is not None],
         }
     return found
 
