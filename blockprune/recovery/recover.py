@@ -55,7 +55,7 @@ def recover(
     A cut turns the stream behind a run of removed blocks into the stream in front of it. The last
     linear operation that adds into that stream (a convolution, `nn.Linear`, the projection of an
     attention; a normalisation may stand behind it) is fitted, so that the stream becomes the one
-    that the dense model has behind the run:
+    that the dense model has behind the run::
 
         min over P  sum over samples and positions  |u + A (Z P - Z P0) - h|^2
                     + ridge * mean(diag Z^T Z) * |P - P0|^2
