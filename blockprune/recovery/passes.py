@@ -25,7 +25,8 @@ class Followed:
     """A model in evaluation mode, whose values can be looked at.
 
     Args:
-        model: a copy of the dense model, which is changed.
+        model: a copy of the dense model with parameters of its own; it is changed, and they need no
+            gradients afterwards.
         graphs: region path to the graph that it is to follow there.
     """
 

@@ -21,7 +21,7 @@ from blockprune.recovery.passes import Followed
 from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
 from blockprune.recovery.tail import Tail
 from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
-from blockprune.tracing import Call, copy_model, structural_copy
+from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
 
 __all__ = ["Work"]
 
@@ -70,8 +70,9 @@ class Work:
         cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
         self._gaps = gaps_of(analysis.cuts, cuts)
         flows = {cut.flow: [c for c in cuts if c.flow is cut.flow] for cut in cuts}
+        # With parameters of its own, in the memory of the dense model's.
         self.dense = Followed(
-            structural_copy(dense_model), {f.region.path: f.region.graph for f in flows}
+            aliased_copy(dense_model), {f.region.path: f.region.graph for f in flows}
         )
         # Without the user's hooks, and with weights of its own.
         shallow = copy_model(structural_copy(dense_model))

@@ -45,6 +45,8 @@ def test_nothing_else_changes(method: str, training: bool) -> None:
     fired: list[int] = []
     dense.register_forward_hook(lambda *_: fired.append(1))
     before, cut_before = state(dense), state(ticket)
+    asked = [[p.requires_grad for p in model.parameters()] for model in (dense, ticket)]
+    identities = [id(p) for p in dense.parameters()]
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -54,7 +56,9 @@ def test_nothing_else_changes(method: str, training: bool) -> None:
     assert same(state(ticket), cut_before)
     assert not fired
     assert dense.training is ticket.training is found.training is training
-    assert not first.requires_grad
+    assert asked == [[p.requires_grad for p in model.parameters()] for model in (dense, ticket)]
+    assert identities == [id(p) for p in dense.parameters()]
+    assert sum(asked[0]) == len(asked[0]) - 1
     assert all(p.grad is None for m in (dense, ticket, found) for p in m.parameters())
     assert blockprune.recovery_of(ticket) is None
     assert {k: v.shape for k, v in found.state_dict().items()} == {
