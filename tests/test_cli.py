@@ -1355,3 +1355,10 @@ def test_prune_and_recover_in_one_command(cli: Cli, tmp_path: Path) -> None:
     assert "recovered by scale, from 40 images" in out
     code, _, err = cli("prune", RESNET20, "-p", 1, "--recover", "refit", "--force")
     assert (code, "name a data set with --data" in err) == (1, True)
+
+
+def test_the_methods_of_recovery_are_those_of_the_package() -> None:
+    from blockprune.cli.app import RecoveryMethod
+    from blockprune.recovery import METHODS
+
+    assert {method.value for method in RecoveryMethod} == set(METHODS)

@@ -16,7 +16,7 @@ from blockprune.criteria.batches import Replay
 from blockprune.errors import InfeasibleBudgetError, RecoveryError
 from blockprune.inputs import infer_example_inputs
 from blockprune.plan import Budget, budget_asked_for
-from blockprune.recovery import METHODS
+from blockprune.recovery import check_method
 from blockprune.recovery import recover as recovered
 from blockprune.scoring import first_inputs
 from blockprune.surgery import cut_blocks, record_of
@@ -153,8 +153,7 @@ def _data_to_recover(method: str, data: Any) -> Any:
     Raises:
         RecoveryError: there is no such method, or there are no data.
     """
-    if method not in METHODS:
-        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
+    check_method(method)
     if data is None:
         raise RecoveryError(
             f"recover={method!r} needs data: a few hundred samples such as the network will see."

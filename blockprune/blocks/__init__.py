@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockprune.blocks.activations import clamped_range
-from blockprune.blocks.cuts import Cut, Cuts, cut_together, still_added
+from blockprune.blocks.cuts import Cut, Cuts, by_flow, cut_together, still_added
 from blockprune.blocks.find import find_blocks
 from blockprune.blocks.flow import Flow, input_of
 from blockprune.blocks.naming import carried_names, carry_name, lies_in
@@ -19,6 +19,7 @@ __all__ = [
     "Rejection",
     "ResidualBlock",
     "Stage",
+    "by_flow",
     "carried_names",
     "carry_name",
     "clamped_range",

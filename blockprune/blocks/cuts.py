@@ -18,7 +18,15 @@ from blockprune.blocks.flow import Flow, input_of
 from blockprune.blocks.naming import lies_in
 from blockprune.blocks.rule import Branch
 
-__all__ = ["Cut", "Cuts", "cut_together", "replacements_in", "still_added", "unread_without"]
+__all__ = [
+    "Cut",
+    "Cuts",
+    "by_flow",
+    "cut_together",
+    "replacements_in",
+    "still_added",
+    "unread_without",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +86,7 @@ class Cuts:
         """Return the cuts whose merges are gone with the others."""
         gone = self.modules_gone(cuts)
         found = {cut for cut in cuts if any(lies_in(cut.flow.region.path, path) for path in gone)}
-        for flow, group in _by_flow(cuts).items():
+        for flow, group in by_flow(cuts).items():
             tops = cut_together(cut.branch for cut in group)
             dead = unread_without(flow, group)
             found |= {cut for cut in group if tops[cut.branch].merge in dead}
@@ -95,7 +103,7 @@ class Cuts:
         """Return the names of the modules that nobody calls without these branches."""
         return [
             path
-            for flow, group in _by_flow(cuts).items()
+            for flow, group in by_flow(cuts).items()
             for path in flow.modules_gone(_dead_in(flow, group))
         ]
 
@@ -117,7 +125,7 @@ class Cuts:
         """
         outer = set(cuts)
         dead = frozenset[fx.Node]().union(
-            *(unread_without(flow, group) for flow, group in _by_flow(outer).items())
+            *(unread_without(flow, group) for flow, group in by_flow(outer).items())
         )
         inner = [self._by_end[node] for node in dead if node in self._by_end]
         for path in self.modules_gone(outer):
@@ -130,12 +138,12 @@ class Cuts:
         """Return, by region, what each merge and each idle activation is replaced by."""
         return {
             flow: replacements_in(flow, (cut.branch for cut in group))
-            for flow, group in _by_flow(cuts).items()
+            for flow, group in by_flow(cuts).items()
         }
 
     def dead_nodes(self, cuts: Iterable[Cut]) -> dict[str, frozenset[fx.Node]]:
         """Return, by region path, the nodes that go with these cuts."""
-        return {flow.region.path: _dead_in(flow, group) for flow, group in _by_flow(cuts).items()}
+        return {flow.region.path: _dead_in(flow, group) for flow, group in by_flow(cuts).items()}
 
 
 def cut_together(branches: Iterable[Branch]) -> dict[Branch, Branch]:
@@ -191,7 +199,8 @@ def unread_without(flow: Flow, cuts: Sequence[Cut]) -> frozenset[fx.Node]:
     return dead - {node for node in replaced if not flow.is_unread(node, replaced, dead)}
 
 
-def _by_flow(cuts: Iterable[Cut]) -> dict[Flow, list[Cut]]:
+def by_flow(cuts: Iterable[Cut]) -> dict[Flow, list[Cut]]:
+    """Return the cuts of each region, in their order."""
     found: dict[Flow, list[Cut]] = {}
     for cut in cuts:
         found.setdefault(cut.flow, []).append(cut)

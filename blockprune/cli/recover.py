@@ -11,8 +11,8 @@ from blockprune.cli.batches import scoring_batch
 from blockprune.cli.models import ModelSource
 from blockprune.cli.output import print_json, print_line, print_table, working
 from blockprune.errors import RecoveryError
-from blockprune.recovery import recover
-from blockprune.surgery import RecoveryRecord, record_of
+from blockprune.recovery import recover, recovery_of
+from blockprune.surgery import RecoveryRecord
 from blockprune.tickets import load_ticket, save_ticket
 from blockprune.tracing import tensors_in
 
@@ -91,11 +91,10 @@ def run(
         images = images_of(data, inputs, root=data_root, samples=samples, seed=source.seed)
         recover(ticket, dense, images, method, in_place=True)
         save_ticket(ticket, out, overwrite=force)
-    found = record_of(ticket)
-    assert found is not None
-    assert found.recovery is not None
+    record = recovery_of(ticket)
+    assert record is not None
     if as_json:
-        print_json({"out": str(out), "recovery": found.recovery.model_dump(mode="json")})
+        print_json({"out": str(out), "recovery": record.model_dump(mode="json")})
         return
-    print_recovery(found.recovery)
+    print_recovery(record)
     print_line(f"Written to {out}")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from blockprune.recovery.recover import METHODS, recover, recovery_of
+from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
 
-__all__ = ["METHODS", "recover", "recovery_of"]
+__all__ = ["METHODS", "check_method", "recover", "recovery_of"]

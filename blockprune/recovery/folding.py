@@ -8,13 +8,15 @@ mode it then does about what it does in evaluation mode.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from blockprune.recovery.gram import Gram
 from blockprune.recovery.operations import LinearCall, NormCall
 
-__all__ = ["folded", "has_bias", "start_of"]
+__all__ = ["folded", "has_bias", "start_of", "tensors_of", "write_into"]
 
 
 def has_bias(operation: LinearCall) -> bool:
@@ -38,20 +40,21 @@ def folded(
     model: nn.Module, operation: LinearCall, matrix: Tensor, gram: Gram
 ) -> dict[str, Tensor]:
     """Return new values, by name, of the parameters and buffers that are to compute `matrix`."""
-    weight = model.get_parameter(operation.weight)
-    found = {operation.weight: operation.weight_of(matrix[:, :-1], weight.shape)}
+    tensors = tensors_of(model)
+    shape = tensors[operation.weight].shape
+    found = {operation.weight: operation.weight_of(matrix[:, :-1], shape)}
     shift = matrix[:, -1].flatten()
     if operation.bias is not None:
         found[operation.bias] = shift
         shift = torch.zeros_like(shift)
     norm = operation.norm
     if norm is not None and norm.weight is not None and norm.bias is not None:
-        found |= _renormalised(model, operation, norm, matrix, gram, shift)
-    return {name: value.to(_tensor(model, name).dtype) for name, value in found.items()}
+        found |= _renormalised(tensors, operation, norm, matrix, gram, shift)
+    return {name: value.to(tensors[name].dtype) for name, value in found.items()}
 
 
 def _renormalised(
-    model: nn.Module,
+    tensors: Mapping[str, Tensor],
     operation: LinearCall,
     norm: NormCall,
     matrix: Tensor,
@@ -60,10 +63,10 @@ def _renormalised(
 ) -> dict[str, Tensor]:
     assert norm.weight is not None
     assert norm.bias is not None
-    weight, bias = (_tensor(model, name).double() for name in (norm.weight, norm.bias))
+    weight, bias = (tensors[name].detach().double() for name in (norm.weight, norm.bias))
     if norm.mean is None or norm.variance is None:
         return {}
-    mean, variance = (_tensor(model, name).double() for name in (norm.mean, norm.variance))
+    mean, variance = (tensors[name].detach().double() for name in (norm.mean, norm.variance))
     # What it is given from now on; a bias that it is to take itself is not in there.
     own = matrix.clone()
     if operation.bias is None:
@@ -81,7 +84,13 @@ def _renormalised(
     }
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), last)
-    return found.detach()
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def write_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of the same names."""
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from blockprune.blocks import Cut, Cuts, Flow, clamped_range, cut_together, input_of
+from blockprune.blocks import Cut, Cuts, Flow, by_flow, clamped_range, cut_together, input_of
 
-__all__ = ["Gap", "Place", "gaps_of"]
+__all__ = ["Gap", "Location", "gaps_of"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Location:
     """A node of a recorded graph: the path of its region, and its name."""
 
     region: str
@@ -39,8 +39,8 @@ class Gap:
     """
 
     blocks: tuple[str, ...]
-    stream: Place
-    target: Place
+    stream: Location
+    target: Location
 
 
 def gaps_of(cuts: Cuts, chosen: Sequence[Cut]) -> list[Gap]:
@@ -50,14 +50,12 @@ def gaps_of(cuts: Cuts, chosen: Sequence[Cut]) -> list[Gap]:
     when the ticket runs, since their streams have the same value.
     """
     found: list[Gap] = []
-    by_flow: dict[Flow, list[Cut]] = {}
-    for cut in chosen:
-        by_flow.setdefault(cut.flow, []).append(cut)
+    groups = by_flow(chosen)
     for flow, replaced in cuts.replacements(chosen).items():
         dead = flow.dead_without(replaced)
         runs: dict[fx.Node, list[Cut]] = {}
-        tops = cut_together(cut.branch for cut in by_flow[flow])
-        for cut in sorted(by_flow[flow], key=lambda cut: flow.index[cut.branch.merge]):
+        tops = cut_together(cut.branch for cut in groups[flow])
+        for cut in sorted(groups[flow], key=lambda cut: flow.index[cut.branch.merge]):
             merge = tops[cut.branch].merge
             if merge not in dead or merge in replaced:
                 runs.setdefault(flow.origin(merge, replaced), []).append(cut)
@@ -66,7 +64,7 @@ def gaps_of(cuts: Cuts, chosen: Sequence[Cut]) -> list[Gap]:
             before, after = _without_activation(flow, stream, target, replaced)
             path = flow.region.path
             names = tuple(cut.name for cut in run)
-            found.append(Gap(names, Place(path, before.name), Place(path, after.name)))
+            found.append(Gap(names, Location(path, before.name), Location(path, after.name)))
     return found
 
 

@@ -17,7 +17,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Gram"]
+__all__ = ["Gram", "with_ones"]
+
+
+def with_ones(inputs: Tensor) -> Tensor:
+    """Return [Z 1]."""
+    return torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
 
 
 @dataclasses.dataclass
@@ -54,7 +59,7 @@ class Gram:
             weights: m, (groups, rows).
         """
         inputs, wanted, weights = inputs.double(), wanted.double(), weights.double()
-        design = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+        design = with_ones(inputs)
         weighted = (design * weights.unsqueeze(-1)).transpose(1, 2)
         self.products += weighted @ design
         self.targets += weighted @ wanted

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from blockprune.randomness import seed_rng
-from blockprune.recovery.gaps import Place
+from blockprune.recovery.gaps import Location
 from blockprune.surgery import follow
 from blockprune.tracing import Call, CallInterpreter, isolated
 
-__all__ = ["Followed"]
+__all__ = ["Inspected"]
 
 
-class Followed:
+class Inspected:
     """A model in evaluation mode, whose values can be looked at.
 
     Args:
@@ -36,17 +36,17 @@ class Followed:
             graphs,
             lambda path: partial(_Looking, run=self, path=path),
         )
-        self._wanted: Collection[Place] = ()
-        self._seen: dict[Place, list[Any]] = {}
+        self._wanted: Collection[Location] = ()
+        self._seen: dict[Location, list[Any]] = {}
         self._ends = False
 
-    def values(self, call: Call, *places: Place) -> dict[Place, list[Any]]:
+    def values(self, call: Call, *places: Location) -> dict[Location, list[Any]]:
         """Return all values that these places have in one whole run."""
         with self._looking(places, ends=False):
             self._run(call)
         return self._seen
 
-    def value(self, call: Call, place: Place) -> Tensor:
+    def value(self, call: Call, place: Location) -> Tensor:
         """Return the first value of a place; the run ends there."""
         with self._looking([place], ends=True), contextlib.suppress(_Seen):
             self._run(call)
@@ -60,7 +60,7 @@ class Followed:
             self.model(*given.args, **given.kwargs)
 
     @contextlib.contextmanager
-    def _looking(self, places: Collection[Place], *, ends: bool) -> Iterator[None]:
+    def _looking(self, places: Collection[Location], *, ends: bool) -> Iterator[None]:
         self._wanted, self._ends = set(places), ends
         self._seen = {place: [] for place in places}
         try:
@@ -68,7 +68,7 @@ class Followed:
         finally:
             self._wanted = ()
 
-    def note(self, place: Place, value: Any) -> None:
+    def note(self, place: Location, value: Any) -> None:
         """Keep a value that was computed, if it is looked for."""
         if place not in self._wanted:
             return
@@ -84,12 +84,12 @@ class _Seen(BaseException):
 
 
 class _Looking(CallInterpreter):
-    def __init__(self, *args: Any, run: Followed, path: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run: Inspected, path: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run_of = run
         self.path = path
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.run_of.note(Place(self.path, n.name), value)
+        self.run_of.note(Location(self.path, n.name), value)
         return value

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.errors import raise_if_out_of_memory
-from blockprune.recovery.gaps import Place
+from blockprune.recovery.gaps import Location
 from blockprune.recovery.operations import LinearCall, Watching
-from blockprune.recovery.passes import Followed
+from blockprune.recovery.passes import Inspected
 from blockprune.recovery.tail import Tail
 from blockprune.tracing import Call
 
@@ -26,6 +26,8 @@ __all__ = ["Reach", "names_of", "run_to", "uses_in", "which_reach"]
 
 _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
+_WHOLE = 0.999
+"""What share of a stream an operation reaches at the least that reaches the whole of it."""
 _MOST = 24
 """How many operations are tried for one gap."""
 
@@ -53,9 +55,9 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def run_to(
-    cut: Followed,
+    cut: Inspected,
     call: Call,
-    stream: Place,
+    stream: Location,
     leaves: frozenset[str],
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, LinearCall], list[LinearCall]]:
@@ -72,7 +74,7 @@ def run_to(
     return value, calls, watching.calls
 
 
-def uses_in(cut: Followed, call: Call) -> Counter[str]:
+def uses_in(cut: Inspected, call: Call) -> Counter[str]:
     """Return how often each parameter is read in one whole run."""
     watching = Watching(names_of(cut.model))
     with torch.no_grad(), watching:
@@ -80,7 +82,9 @@ def uses_in(cut: Followed, call: Call) -> Counter[str]:
     return watching.uses
 
 
-def which_reach(cut: Followed, call: Call, stream: Place, uses: Mapping[str, int]) -> list[Reach]:
+def which_reach(
+    cut: Inspected, call: Call, stream: Location, uses: Mapping[str, int]
+) -> list[Reach]:
     """Return the operations that a gap can be fitted with, of weights that nothing else reads.
 
     One, if it reaches the whole stream. Where several do, that behind most other linear operations
@@ -109,9 +113,6 @@ def which_reach(cut: Followed, call: Call, stream: Place, uses: Mapping[str, int
     _, _, calls = run_to(cut, call, stream, frozenset({calls[0].weight}))
     levels = _levels(calls)
     return [max(whole, key=lambda one: (levels[one.operation.weight], _columns(cut.model, one)))]
-
-
-_WHOLE = 0.999
 
 
 def _levels(calls: list[LinearCall]) -> dict[str, int]:
@@ -146,7 +147,7 @@ def _apart(parts: list[Reach]) -> Iterator[Reach]:
             yield part
 
 
-def _try(cut: Followed, call: Call, stream: Place, weight: str) -> Reach | None:
+def _try(cut: Inspected, call: Call, stream: Location, weight: str) -> Reach | None:
     value, seen, _ = run_to(cut, call, stream, frozenset({weight}))
     operation = seen[weight]
     leaf = operation.returned
@@ -162,7 +163,7 @@ def _try(cut: Followed, call: Call, stream: Place, weight: str) -> Reach | None:
 
 
 def _measured(
-    cut: Followed, call: Call, stream: Place, operation: LinearCall, leaf: Tensor, value: Tensor
+    cut: Inspected, call: Call, stream: Location, operation: LinearCall, leaf: Tensor, value: Tensor
 ) -> Reach | None:
     tail = Tail(value, leaf)
     spread = leaf.detach().double().std().nan_to_num().to(leaf.dtype).clamp_min(1e-3)

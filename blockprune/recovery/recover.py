@@ -12,6 +12,7 @@ from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
 from blockprune.recovery.data import Batches, MaskFunction
 from blockprune.recovery.fitting import FAMILIES
+from blockprune.recovery.folding import tensors_of, write_into
 from blockprune.recovery.work import Work
 from blockprune.scoring import first_inputs
 from blockprune.sparsity import recalibrate_norms
@@ -24,10 +25,10 @@ from blockprune.surgery import (
 )
 from blockprune.tracing import Call, copy_model, isolated, structural_copy, tensors_in
 
-__all__ = ["METHODS", "recover", "recovery_of"]
+__all__ = ["METHODS", "check_method", "recover", "recovery_of"]
 
 METHODS: Final = ("norms", *FAMILIES)
-"""What `recover` knows, from the weakest to the strongest."""
+"""What `recover` knows."""
 
 
 def recovery_of(ticket: nn.Module) -> RecoveryRecord | None:
@@ -105,8 +106,7 @@ def recover(
         "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
         2025, for "map"; "refit" fits every input of the operation instead.
     """
-    if method not in METHODS:
-        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
+    check_method(method)
     if ridge is not None and not ridge >= 0:
         raise RecoveryError(f"a ridge is a number of at least 0, not {ridge!r}.")
     record = _record(ticket)
@@ -132,6 +132,16 @@ def recover(
             recovery = RecoveryRecord(method=method, samples=batches.samples, gaps=gaps)
     attach(result, dataclasses.replace(record, recovery=recovery))
     return result
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that there is not.
+
+    Raises:
+        RecoveryError: names those that there are.
+    """
+    if method not in METHODS:
+        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
 
 
 def _record(ticket: nn.Module) -> TicketRecord:
@@ -166,10 +176,10 @@ def _renormalise(ticket: nn.Module, batches: Batches) -> None:
     """Take the running statistics again, with a copy that has no hooks of the user."""
     copied = structural_copy(ticket)
     recalibrate_norms(copied, batches.inputs())
-    found = dict(copied.named_buffers())
-    with torch.no_grad():
-        for name, buffer in ticket.named_buffers():
-            buffer.copy_(found[name])
+    found = tensors_of(copied)
+    write_into(
+        dict(ticket.named_buffers()), {name: found[name] for name, _ in ticket.named_buffers()}
+    )
 
 
 def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) -> None:
@@ -178,21 +188,14 @@ def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) ->
     Raises:
         VerificationError: it does not; it is as it was.
     """
-    own = {
-        translated(name, record.renamed): tensor
-        for name, tensor in (*ticket.named_parameters(), *ticket.named_buffers())
-    }
+    own = {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
     before = {name: own[name].detach().clone() for name in work.changed}
-    with torch.no_grad():
-        for name, value in work.changed.items():
-            own[name].copy_(value)
+    write_into(own, work.changed)
     wanted, found = _outputs(work.cut.model, example), _outputs(structural_copy(ticket), example)
     for one, other in zip(wanted, found, strict=True):
         room = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0
         if not torch.allclose(other, one, rtol=room, atol=room * float(one.abs().max())):
-            with torch.no_grad():
-                for name, value in before.items():
-                    own[name].copy_(value)
+            write_into(own, before)
             raise VerificationError(
                 "with the fitted weights the ticket does not compute what the cut model does; its "
                 "weights are as they were."

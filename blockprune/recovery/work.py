@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.blocks import BlockAnalysis
+from blockprune.blocks import BlockAnalysis, by_flow
 from blockprune.errors import RecoveryError, VerificationError
 from blockprune.recovery.data import Batches, MaskFunction, weights_of
 from blockprune.recovery.fitting import Fit, Fitted, fitted
-from blockprune.recovery.folding import folded, has_bias, start_of
+from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap, gaps_of
-from blockprune.recovery.gram import Gram
+from blockprune.recovery.gram import Gram, with_ones
 from blockprune.recovery.operations import LinearCall
-from blockprune.recovery.passes import Followed
+from blockprune.recovery.passes import Inspected
 from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
 from blockprune.recovery.tail import Tail
 from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
@@ -67,23 +68,25 @@ class Work:
         self.batches, self.mask_fn = batches, mask_fn
         self._signature = inspect.signature(dense_model.forward)
         self.changed: dict[str, Tensor] = {}
+        self._uses: Mapping[str, int] = {}
         cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
         self._gaps = gaps_of(analysis.cuts, cuts)
-        flows = {cut.flow: [c for c in cuts if c.flow is cut.flow] for cut in cuts}
+        flows = by_flow(cuts)
         # With parameters of its own, in the memory of the dense model's.
-        self.dense = Followed(
+        self.dense = Inspected(
             aliased_copy(dense_model), {f.region.path: f.region.graph for f in flows}
         )
         # Without the user's hooks, and with weights of its own.
         shallow = copy_model(structural_copy(dense_model))
         _load(shallow, ticket, record)
-        self.cut = Followed(
+        self.cut = Inspected(
             shallow,
             {f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in flows.items()},
         )
 
     def gaps(self, call: Call) -> list[Gap]:
         """Return the gaps, those that are one on an example made one, in order of execution."""
+        self._uses = uses_in(self.cut, call)
         streams = self._values(self.cut, call, [gap.stream for gap in self._gaps])
         targets = self._values(self.dense, call, [gap.target for gap in self._gaps])
         found: list[tuple[Gap, Tensor]] = []
@@ -109,7 +112,7 @@ class Work:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
-        reaches = which_reach(self.cut, call, gap.stream, uses_in(self.cut, call))
+        reaches = which_reach(self.cut, call, gap.stream, self._uses)
         sums, held_out = self._sums(reaches), self._sums(reaches)
         for batch, is_held_out in self.batches:
             self._add(held_out if is_held_out else sums, gap, reaches, batch)
@@ -137,7 +140,7 @@ class Work:
             ridge=chosen,
         )
 
-    def _values(self, model: Followed, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
+    def _values(self, model: Inspected, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
         with torch.no_grad():
             found = model.values(call, *places)
         for place, values in found.items():
@@ -205,12 +208,11 @@ class Work:
         stream, calls, _ = run_to(self.cut, call, gap.stream, frozenset({weight}))
         seen = calls[weight]
         assert seen.returned is not None
-        rows = seen.inputs().double()
-        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) @ best.matrix
+        rows = with_ones(seen.inputs().double()) @ best.matrix
         change = seen.result(rows, seen.returned).to(seen.returned.dtype) - seen.returned.detach()
         wanted = (stream + Tail(stream, seen.returned).forward(change)).detach()
         values = folded(self.cut.model, operation, best.matrix, best.gram)
-        _write_into(self.cut.model, values)
+        write_into(tensors_of(self.cut.model), values)
         self.changed |= values
         found, _, _ = run_to(self.cut, call, gap.stream, frozenset())
         error = float((found.detach() - wanted).abs().max())
@@ -222,22 +224,15 @@ class Work:
             )
 
 
-def _write_into(model: nn.Module, values: dict[str, Tensor]) -> None:
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in values.items():
-            state[name].copy_(value)
-
-
 def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
     """Copy the tensors of a ticket into a copy of the dense model.
 
     Raises:
         RecoveryError: they do not fit.
     """
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    state = tensors_of(model)
     with torch.no_grad():
-        for name, tensor in (*ticket.named_parameters(), *ticket.named_buffers()):
+        for name, tensor in tensors_of(ticket).items():
             own = state.get(translated(name, record.renamed))
             if own is None or own.shape != tensor.shape:
                 raise RecoveryError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockprune.blocks import BlockAnalysis, Cut, Flow, find_blocks
+from blockprune.blocks import BlockAnalysis, Cut, Flow, by_flow, find_blocks
 from blockprune.errors import (
     ApproximationWarning,
     PlanError,
@@ -142,9 +142,7 @@ def cut_blocks(
     with surroundings_kept(model):
         cuts = cuts_of(analysis, plan.remove, plan.granularity)
         _warn_of_approximation(cuts)
-        by_region: dict[Flow, list[Cut]] = {}
-        for cut in cuts:
-            by_region.setdefault(cut.flow, []).append(cut)
+        by_region = by_flow(cuts)
         graphs = {
             f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in by_region.items()
         }
