@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from blockprune.randomness import seed_rng
@@ -22,29 +23,34 @@ __all__ = ["Inspected"]
 
 
 class Inspected:
-    """A model in evaluation mode, whose values can be looked at.
+    """A model whose values can be looked at.
 
     Args:
-        model: a copy of the dense model with parameters of its own; it is changed, and they need no
-            gradients afterwards.
+        model: a copy of the dense model with parameters of its own; it is changed.
         graphs: region path to the graph that it is to follow there.
     """
 
     def __init__(self, model: nn.Module, graphs: Mapping[str, fx.Graph]) -> None:
-        self.model = follow(
-            model.eval().requires_grad_(False),
-            graphs,
-            lambda path: partial(_Looking, run=self, path=path),
-        )
+        self.model = follow(model, graphs, lambda path: partial(_Looking, run=self, path=path))
         self._wanted: Collection[Location] = ()
         self._seen: dict[Location, list[Any]] = {}
         self._ends = False
 
     def values(self, call: Call, *places: Location) -> dict[Location, list[Any]]:
-        """Return all values that these places have in one whole run."""
+        """Return all values that these places have in one whole run, without gradients."""
+        with torch.no_grad():
+            return self.outputs_and_values(call, places)[1]
+
+    def outputs_and_values(
+        self, call: Call, places: Collection[Location], seed: int = 0
+    ) -> tuple[Any, dict[Location, list[Any]]]:
+        """Return what one whole run returns, and all values that these places have in it.
+
+        `seed` is that of what the run draws.
+        """
         with self._looking(places, ends=False):
-            self._run(call)
-        return self._seen
+            outputs = self._run(call, seed)
+        return outputs, self._seen
 
     def value(self, call: Call, place: Location) -> Tensor:
         """Return the first value of a place; the run ends there."""
@@ -53,11 +59,11 @@ class Inspected:
         found: Tensor = self._seen[place][0]
         return found
 
-    def _run(self, call: Call) -> None:
+    def _run(self, call: Call, seed: int = 0) -> Any:
         given = call.map(lambda tensor: tensor.detach().clone())
         with isolated():
-            seed_rng(0)
-            self.model(*given.args, **given.kwargs)
+            seed_rng(seed)
+            return self.model(*given.args, **given.kwargs)
 
     @contextlib.contextmanager
     def _looking(self, places: Collection[Location], *, ends: bool) -> Iterator[None]:

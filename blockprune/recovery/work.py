@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.blocks import BlockAnalysis, by_flow
+from blockprune.blocks import BlockAnalysis
 from blockprune.errors import RecoveryError, VerificationError
 from blockprune.recovery.data import Batches, MaskFunction, weights_of
 from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
-from blockprune.recovery.gaps import Gap, gaps_of
+from blockprune.recovery.gaps import Gap
 from blockprune.recovery.gram import Gram, with_ones
+from blockprune.recovery.networks import gaps_in, networks_of
 from blockprune.recovery.operations import LinearCall
-from blockprune.recovery.passes import Inspected
 from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
 from blockprune.recovery.tail import Tail
-from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
-from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
+from blockprune.surgery import GapRecord, TicketRecord
+from blockprune.tracing import Call
 
 __all__ = ["Work"]
 
@@ -69,41 +68,13 @@ class Work:
         self._signature = inspect.signature(dense_model.forward)
         self.changed: dict[str, Tensor] = {}
         self._uses: Mapping[str, int] = {}
-        cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
-        self._gaps = gaps_of(analysis.cuts, cuts)
-        flows = by_flow(cuts)
-        # With parameters of its own, in the memory of the dense model's.
-        self.dense = Inspected(
-            aliased_copy(dense_model), {f.region.path: f.region.graph for f in flows}
-        )
-        # Without the user's hooks, and with weights of its own.
-        shallow = copy_model(structural_copy(dense_model))
-        _load(shallow, ticket, record)
-        self.cut = Inspected(
-            shallow,
-            {f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in flows.items()},
-        )
+        self._networks = networks_of(dense_model, ticket, record, analysis)
+        self.dense, self.cut = self._networks.dense, self._networks.cut
 
     def gaps(self, call: Call) -> list[Gap]:
         """Return the gaps, those that are one on an example made one, in order of execution."""
         self._uses = uses_in(self.cut, call)
-        streams = self._values(self.cut, call, [gap.stream for gap in self._gaps])
-        targets = self._values(self.dense, call, [gap.target for gap in self._gaps])
-        found: list[tuple[Gap, Tensor]] = []
-        for gap in self._gaps:
-            [stream], [target] = streams[gap.stream], targets[gap.target]
-            if stream.shape != target.shape or not stream.is_floating_point():
-                raise RecoveryError(
-                    f"the stream without {', '.join(gap.blocks)} has the shape "
-                    f"{tuple(stream.shape)}, and {tuple(target.shape)} with them."
-                )
-            if found and torch.equal(found[-1][1], stream):
-                before, _ = found.pop()
-                gap = dataclasses.replace(
-                    gap, blocks=(*before.blocks, *gap.blocks), stream=before.stream
-                )
-            found.append((gap, stream))
-        return [gap for gap, _ in found]
+        return [gap for gap, _ in gaps_in(self._networks, call)]
 
     def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
         """Fit one gap, write what was found into the cut model, and return how it went.
@@ -139,17 +110,6 @@ class Work:
             residual_after=max(left, 0.0) / size,
             ridge=chosen,
         )
-
-    def _values(self, model: Inspected, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
-        with torch.no_grad():
-            found = model.values(call, *places)
-        for place, values in found.items():
-            if len(values) != 1:
-                raise RecoveryError(
-                    f"{place.region or 'the model'!r} is called {len(values)} times in one pass: "
-                    "what one call of it lacks cannot be told from another."
-                )
-        return found
 
     def _sums(self, reaches: list[Reach]) -> _Sums:
         grams = {}
@@ -222,21 +182,3 @@ class Work:
                 f"with new numbers in {weight} the stream at {', '.join(gap.blocks)} is not what "
                 f"was fitted: largest difference {error:.3g}. The model may keep a copy of it."
             )
-
-
-def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
-    """Copy the tensors of a ticket into a copy of the dense model.
-
-    Raises:
-        RecoveryError: they do not fit.
-    """
-    state = tensors_of(model)
-    with torch.no_grad():
-        for name, tensor in tensors_of(ticket).items():
-            own = state.get(translated(name, record.renamed))
-            if own is None or own.shape != tensor.shape:
-                raise RecoveryError(
-                    f"{name!r} of the ticket is no tensor of the dense model, or has another "
-                    "shape: it was cut from another model."
-                )
-            own.copy_(tensor)
