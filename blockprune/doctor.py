@@ -215,6 +215,17 @@ def _try_torch_pruning(torch_pruning: Any) -> str:
     return "one output of a layer was pruned"
 
 
+def _try_peft(peft: Any) -> str:
+    from torch import nn, ones
+
+    net = nn.Sequential(nn.Linear(2, 2, bias=False))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=["0"]), net)
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    if net(ones(1, 2)).shape != (1, 2) or len(names) != 2 or "lora" not in names[0]:
+        raise RuntimeError("a layer was given no adapter")
+    return "a layer was given an adapter"
+
+
 def _try_timm(timm: Any) -> str:
     timm.create_model("resnet10t", num_classes=2)
     return "a resnet10t was built"
@@ -326,6 +337,7 @@ _PARTS: Final = (
     _Part("torchvision", "torchvision", _try_torchvision, is_core=True),
     _Part("blockprune", "blockprune", _try_pruning, is_core=True),
     _Part("torch-pruning", "torch_pruning", _try_torch_pruning),
+    _Part("peft", "peft", _try_peft),
     _Part("timm", "timm", _try_timm),
     _Part("transformers", "transformers", _try_transformers),
     _Part("distributed", "distributed", _try_distributed),

@@ -1357,6 +1357,36 @@ def test_prune_and_recover_in_one_command(cli: Cli, tmp_path: Path) -> None:
     assert (code, "name a data set with --data" in err) == (1, True)
 
 
+def test_accuracies_stand_beside_the_recovery(cli: Cli) -> None:
+    options = ("-p", 2, "-c", "l1", "--data", "digits", "--recover", "refit", "--samples", 40)
+    shown = _json(cli, "prune", RESNET20, *options)["accuracy"]
+    assert list(shown) == ["dense", "cut", "recovered"]
+    _, out, _ = cli("prune", RESNET20, *options, "--force")
+    for name, share in shown.items():
+        assert [name, f"{100 * share:.1f}"] in [line.split() for line in out.splitlines()]
+
+
+def test_a_ticket_is_distilled(cli: Cli, tmp_path: Path) -> None:
+    from blockprune import load_ticket, recovery_of
+
+    assert cli("prune", RESNET20, "-p", 2, "-c", "l1", "--data", "digits")[0] == 0
+    asked = ("recover", "ticket.safetensors", RESNET20, "--data", "digits", "--method", "distill")
+    asked += ("--samples", 130, "--epochs", 2, "--lr", "0.01", "--checkpoint", "c.safetensors")
+    found = _json(cli, *asked)
+    assert (tmp_path / "c.safetensors").exists()
+    record = recovery_of(load_ticket(resnet20(), tmp_path / "recovered.safetensors"))
+    assert found["recovery"] == record.model_dump(mode="json")
+    assert (record.method, record.samples) == ("distill", 130)
+    written = (tmp_path / "recovered.safetensors").read_bytes()
+    _, out, _ = cli(*asked, "--force")
+    assert "recovered by distill, from 130 images" in out
+    assert "all are trained" in out
+    # From the end of the checkpoint: the same weights.
+    assert (tmp_path / "recovered.safetensors").read_bytes() == written
+    code, _, err = cli(*asked[:-4], "--lr", "0.02", "--checkpoint", "c.safetensors", "--force")
+    assert (code, "another ticket" in err) == (1, True)
+
+
 def test_the_methods_of_recovery_are_those_of_the_package() -> None:
     from blockprune.cli.app import RecoveryMethod
     from blockprune.recovery import METHODS

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+import blockprune
 import blockprune.cli.demo as demo_module
 from blockprune import find_blocks, make_plan, remove_blocks, score_blocks
 from blockprune.cli.demo import Settings, demo_command, run_demo, settings_of
@@ -22,6 +23,7 @@ from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.results import ExperimentResult
 from blockprune.lottery.training import Progress, evaluate, train
 from blockprune.models import resnet20, resnet32
+from blockprune.report import comparison_markdown, reading_notes
 
 FILES = ["accuracy.png", "blocks.png", "results.json", "table.md", "table.txt"]
 BLOCK_MACS = 4_718_592 // 16  # of 8x8 images: a sixteenth of the 32x32 figure
@@ -72,6 +74,34 @@ class TestExperiment:
         assert (result.train_images, result.test_images) == (300, 100)
         macs = [result.dense.macs - ticket.macs for ticket in result.tickets]
         assert macs == [BLOCK_MACS, 3 * BLOCK_MACS]
+
+    def test_the_trained_network_cut_and_recovered_by_hand(self, few_digits: ImageData) -> None:
+        torch.manual_seed(1)
+        model = resnet20(in_channels=1)
+        recipe = Recipe(epochs=2, lr=0.05, batch_size=100, seed=1)
+        policy = Policy(ps=(1,), latency_batch_size=50, recover_p=2)
+        result = tickets_at_initialisation(model, few_digits, recipe, policy)
+        found = result.recovered
+        assert found is not None
+
+        train(model, few_digits.train, recipe)
+        images = torch.stack([few_digits.train[k][0] for k in range(300)])
+        batches = [(part, None) for part in images.split(50)]
+        options = {"protect": ("layer1.0",), "min_blocks_per_stage": 2}
+        cut = blockprune.prune(model, "block_influence", 2, data=batches, **options)
+        recovered = blockprune.recover(cut, model, batches)
+        assert found.cut.removed == found.recovered.removed == blockprune.plan_of(cut).remove
+        assert found.cut.accuracy == evaluate(cut, few_digits.test).accuracy
+        assert found.recovered.accuracy == evaluate(recovered, few_digits.test).accuracy
+        assert (found.criterion, found.method, found.samples) == ("block_influence", "refit", 300)
+        assert found.cut.train_seconds == 0 < found.recovered.train_seconds
+        assert found.cut.params == sum(p.numel() for p in cut.parameters())
+        assert ExperimentResult.from_json(result.to_json()) == result
+        lines = comparison_markdown(result).splitlines()
+        for label, network in (("cut 2", found.cut), ("refit 2", found.recovered)):
+            [line] = [line for line in lines if line.startswith(f"| {label} |")]
+            assert f"| {100 * network.accuracy:.2f} |" in line
+        assert "without labels" in reading_notes(result)[-1]
 
     def test_the_model_and_the_generators_are_as_they_were(self, few_digits: ImageData) -> None:
         model = resnet20(in_channels=1)
@@ -214,7 +244,8 @@ class TestDemo:
 
     def test_quick_differs_in_epochs_alone(self) -> None:
         quick, full = (settings_of(quick=quick, seed=7) for quick in (True, False))
-        assert quick.policy == full.policy == Policy(ps=(1, 2, 3, 4, 5), criterion="grasp")
+        expected = Policy(ps=(1, 2, 3, 4, 5), criterion="grasp", recover_p=5)
+        assert quick.policy == full.policy == expected
         assert quick.recipe.epochs < full.recipe.epochs
         epochs = {"epochs": full.recipe.epochs, "warmup_epochs": full.recipe.warmup_epochs}
         assert quick.recipe.model_copy(update=epochs) == full.recipe

@@ -72,6 +72,7 @@ class RecoveryMethod(StrEnum):
     refit = "refit"
     map = "map"
     scale = "scale"
+    distill = "distill"
 
 
 class NumberFormat(StrEnum):
@@ -267,7 +268,24 @@ LeafModules = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 Samples = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Images that a recovery reads, about.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Images that a recovery reads, about; default 512, and all for distill.",
+    ),
+]
+Epochs = Annotated[int, typer.Option(metavar="N", min=1, help="Of distill.")]
+LearningRate = Annotated[
+    float, typer.Option("--lr", metavar="X", min=0, help="Highest learning rate of distill.")
+]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(metavar="R", min=1, help="Distill adapters of this rank, and merge them."),
+]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", metavar="FILE", help="Where an interrupted distill goes on from."),
 ]
 
 
@@ -337,7 +355,11 @@ def prune(
         RecoveryMethod | None,
         typer.Option(help="Make up for what has gone, with images of --data."),
     ] = None,
-    samples: Samples = 512,
+    samples: Samples = None,
+    epochs: Epochs = 1,
+    lr: LearningRate = 1e-3,
+    lora_rank: LoraRank = None,
+    checkpoint: CheckpointFile = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -374,8 +396,9 @@ def prune(
         out,
         force=force,
         as_json=as_json,
-        recover=recover and recover.value,
-        samples=samples,
+        recovery=None
+        if recover is None
+        else _recovery(recover, samples, epochs, lr, lora_rank, checkpoint, seed),
     )
 
 
@@ -392,13 +415,17 @@ def recover(
     ] = RecoveryMethod.refit,
     force: Force = False,
     data_root: DataRoot = Path("data"),
-    samples: Samples = 512,
+    samples: Samples = None,
+    epochs: Epochs = 1,
+    lr: LearningRate = 1e-3,
+    lora_rank: LoraRank = None,
+    checkpoint: CheckpointFile = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Make up for the blocks that TICKET has lost of MODEL, without training."""
+    """Make up for the blocks that TICKET has lost of MODEL."""
     shapes = [parse_shape(text) for text in input_shape or []]
     from blockprune.cli.models import ModelSource
     from blockprune.cli.prune import check_out
@@ -408,14 +435,31 @@ def recover(
     run(
         ticket,
         ModelSource(model, weights, shapes, seed),
-        method.value,
+        _recovery(method, samples, epochs, lr, lora_rank, checkpoint, seed),
         out,
         data=data.value,
         data_root=data_root,
-        samples=samples,
         force=force,
         as_json=as_json,
     )
+
+
+def _recovery(
+    method: RecoveryMethod,
+    samples: int | None,
+    epochs: int,
+    lr: float,
+    lora_rank: int | None,
+    checkpoint: Path | None,
+    seed: int,
+) -> Any:
+    from blockprune.cli.recover import Recovery
+    from blockprune.recovery import Distillation
+
+    if lr == 0:
+        raise typer.BadParameter("--lr is above 0.")
+    recipe = Distillation(epochs=epochs, lr=lr, lora_rank=lora_rank, seed=seed)
+    return Recovery(method.value, samples, recipe, checkpoint)
 
 
 @app.command()

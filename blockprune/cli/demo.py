@@ -49,7 +49,7 @@ def settings_of(*, quick: bool, seed: int) -> Settings:
         batch_size=64,
         seed=seed,
     )
-    return Settings(recipe, Policy())
+    return Settings(recipe, Policy(recover_p=5))
 
 
 def demo_command(out: Path, quick: bool, seed: int, force: bool) -> int:

@@ -16,14 +16,17 @@ class Bar:
 
     Args:
         columns: what stands between the description and the time, of `rich.progress`.
+        only_on_terminals: print nothing into a file.
     """
 
-    def __init__(self, *columns: ProgressColumn) -> None:
+    def __init__(self, *columns: ProgressColumn, only_on_terminals: bool = False) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             *columns,
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
+            disable=only_on_terminals and not console.is_terminal,
         )
         self._task = self._progress.add_task("Starting", total=None)
 

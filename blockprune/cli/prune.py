@@ -6,12 +6,11 @@ from pathlib import Path
 
 from blockprune.cli.models import ModelSource
 from blockprune.cli.output import count, print_json, print_line, print_table, working
-from blockprune.cli.recover import images_of, print_recovery
+from blockprune.cli.recover import Recovery, accuracies, images_for, print_recovery, recovered
 from blockprune.cli.tickets import Recipe, Workbench
 from blockprune.costs import model_costs
 from blockprune.errors import TicketError
 from blockprune.plan import Budget
-from blockprune.recovery import recover as recovered
 from blockprune.recovery import recovery_of
 from blockprune.tickets import save_ticket
 
@@ -42,8 +41,7 @@ def run(
     *,
     force: bool = False,
     as_json: bool = False,
-    recover: str | None = None,
-    samples: int = 512,
+    recovery: Recovery | None = None,
 ) -> None:
     """Prune a model, write the ticket and print what went.
 
@@ -54,22 +52,22 @@ def run(
         out: the ticket file.
         force: replace ``out`` where it exists.
         as_json: print JSON in place of tables.
-        recover: the method that makes up for what has gone, None for none.
-        samples: how many images it reads.
+        recovery: how to make up for what has gone, None for not at all.
     """
     with working(f"Pruning {source.spec} ..."):
         model, inputs = source.load()
         images = None
-        if recover is not None:
-            images = images_of(
-                recipe.data, inputs, root=recipe.data_root, samples=samples, seed=recipe.seed
-            )
+        if recovery is not None:
+            images = images_for(recipe.data, inputs, root=recipe.data_root, seed=recipe.seed)
         bench = Workbench(model, inputs, recipe, [budget])
         [plan] = bench.plans
         ticket = bench.cut(plan)
-        if recover is not None:
-            recovered(ticket, model, images, recover, in_place=True)
-        recovery = recovery_of(ticket)
+        accuracy = accuracies(images, dense=model, cut=ticket) if images is not None else {}
+    if images is not None and recovery is not None:
+        recovered(ticket, model, images, recovery)
+        accuracy |= accuracies(images, recovered=ticket)
+    with working("Writing ..."):
+        record = recovery_of(ticket)
         dense_costs = model_costs(model, inputs)
         ticket_costs = model_costs(ticket, inputs)
         save_ticket(ticket, out, overwrite=force)
@@ -81,7 +79,8 @@ def run(
                 "plan": plan.model_dump(mode="json"),
                 "dense": {"params": dense_costs.params, "macs": dense_costs.macs},
                 "ticket": {"params": ticket_costs.params, "macs": ticket_costs.macs},
-                "recovery": recovery and recovery.model_dump(mode="json"),
+                "recovery": record and record.model_dump(mode="json"),
+                "accuracy": accuracy,
             }
         )
         return
@@ -95,6 +94,6 @@ def run(
     print_line(f"parameters {count(dense_costs.params)} -> {count(ticket_costs.params)}")
     print_line(f"MACs       {count(dense_costs.macs)} -> {count(ticket_costs.macs)}")
     print_line("The cut was verified against the dense model")
-    if recovery is not None:
-        print_recovery(recovery)
+    if record is not None:
+        print_recovery(record, accuracy)
     print_line(f"Written to {out}")

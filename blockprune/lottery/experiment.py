@@ -8,6 +8,7 @@ in turns, an epoch each, so that a machine that slows down slows all of them dow
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,22 +19,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from blockprune.api import prune
 from blockprune.blocks import find_blocks
 from blockprune.costs import model_costs
-from blockprune.data import ImageData, balanced_batch, size_of
+from blockprune.data import ImageData, balanced_batch, make_loader, size_of
 from blockprune.errors import DataError
 from blockprune.lottery.recipe import Recipe
-from blockprune.lottery.results import ExperimentResult, NetworkResult
+from blockprune.lottery.results import ExperimentResult, NetworkResult, RecoveredResult
 from blockprune.lottery.training import Progress, evaluate, train, train_epochs
 from blockprune.plan import PruningPlan, make_plan
 from blockprune.profiling import Latency, compare_latency
+from blockprune.recovery import recover, recovery_of
 from blockprune.scoring import score_blocks
 from blockprune.surgery import cut_blocks
+from blockprune.tickets import plan_of
 
 __all__ = ["Policy", "Watcher", "tickets_at_initialisation"]
 
 DENSE = 0
 """The ``p`` of the dense network among the tickets."""
+
+RECOVERED = -1
+"""Stands for the recovered network where those are timed."""
+
+RECOVERED_FROM = 512
+"""Training images that a recovery reads."""
 
 IMAGES_PER_CLASS = 10
 """Of the scoring batch, as in GraSP's reference code."""
@@ -63,6 +73,8 @@ class Policy:
         min_blocks_per_stage: residual blocks that stay in each stage.
         xi_points: accuracy, in percentage points, that a winning ticket may lose.
         latency_batch_size: images of one timed forward pass.
+        recover_p: how many blocks the trained dense network loses, to be recovered without
+            training; None: this is left out.
     """
 
     ps: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -71,6 +83,7 @@ class Policy:
     min_blocks_per_stage: int = 2
     xi_points: float = 1.0
     latency_batch_size: int = 64
+    recover_p: int | None = None
 
 
 def tickets_at_initialisation(
@@ -138,8 +151,14 @@ def tickets_at_initialisation(
     seconds = _train_in_turns(networks, data, recipe, watcher)
     watcher.stage("Evaluating")
     accuracies = {p: evaluate(network, data.test).accuracy for p, network in networks.items()}
+    timed = dict(networks)
+    recovery = None
+    if policy.recover_p is not None:
+        watcher.stage("Cutting the trained network, and recovering it")
+        recovery = _recovered(networks[DENSE], data, policy, protected)
+        timed[RECOVERED] = recovery.recovered
     watcher.stage("Timing forward passes")
-    latencies = _latencies(networks, image, policy.latency_batch_size)
+    latencies = _latencies(timed, image, policy.latency_batch_size)
 
     merges = sum(len(stage.blocks) + stage.fixed for stage in analysis.stages)
     results = {
@@ -165,7 +184,65 @@ def tickets_at_initialisation(
         min_blocks_per_stage=policy.min_blocks_per_stage,
         dense=results[DENSE],
         tickets=tuple(results[p] for p in policy.ps),
+        recovered=recovery and recovery.result(data, merges, image, latencies[RECOVERED]),
     )
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    plan: PruningPlan
+    cut: nn.Module
+    recovered: nn.Module
+    seconds: float
+
+    def result(
+        self, data: ImageData, merges: int, image: Tensor, latency: Latency
+    ) -> RecoveredResult:
+        record = recovery_of(self.recovered)
+        assert record is not None
+        p = len(self.plan.remove)
+        cut, recovered = (
+            _result(
+                p,
+                network,
+                self.plan,
+                merges,
+                image,
+                evaluate(network, data.test).accuracy,
+                seconds,
+                latency,
+            )
+            for network, seconds in ((self.cut, 0.0), (self.recovered, self.seconds))
+        )
+        return RecoveredResult(
+            criterion=self.plan.criterion,
+            method=record.method,
+            samples=record.samples,
+            cut=cut,
+            recovered=recovered,
+        )
+
+
+def _recovered(
+    dense: nn.Module, data: ImageData, policy: Policy, protected: Sequence[str]
+) -> _Recovery:
+    """Cut the trained network by block influence, and refit it, as a user of it would."""
+    images = Subset(data.train, range(min(RECOVERED_FROM, size_of(data.train))))
+    loader = make_loader(images, policy.latency_batch_size)
+    cut = prune(
+        dense,
+        "block_influence",
+        policy.recover_p,
+        data=loader,
+        protect=protected,
+        min_blocks_per_stage=policy.min_blocks_per_stage,
+    )
+    begin = time.perf_counter()
+    recovered = recover(cut, dense, loader)
+    seconds = time.perf_counter() - begin
+    plan = plan_of(cut)
+    assert plan is not None
+    return _Recovery(plan, cut, recovered, seconds)
 
 
 def _first_image(dataset: Dataset[Any]) -> Tensor:

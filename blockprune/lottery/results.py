@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-__all__ = ["Comparison", "ExperimentResult", "NetworkResult"]
+__all__ = ["Comparison", "ExperimentResult", "NetworkResult", "RecoveredResult"]
 
 
 class NetworkResult(BaseModel):
@@ -33,6 +33,26 @@ class NetworkResult(BaseModel):
     train_seconds: float
     latency_ms: float
     latency_iqr_ms: float
+
+
+class RecoveredResult(BaseModel):
+    """The trained dense network without some blocks, as it is and recovered, not trained again.
+
+    Attributes:
+        criterion: what ranked the blocks of the trained network.
+        method: of `blockprune.recover`.
+        samples: training images that the recovery read.
+        cut: the network that has lost its blocks; ``train_seconds`` is 0.
+        recovered: the same with the weights of the recovery; ``train_seconds`` is what that took.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    criterion: str
+    method: str
+    samples: int
+    cut: NetworkResult
+    recovered: NetworkResult
 
 
 class Comparison(BaseModel):
@@ -79,6 +99,7 @@ class ExperimentResult(BaseModel):
         min_blocks_per_stage: residual blocks that every stage keeps.
         dense: the dense network.
         tickets: in the order of ``p``.
+        recovered: the dense network, cut after training; None if that was not asked for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -101,6 +122,7 @@ class ExperimentResult(BaseModel):
     min_blocks_per_stage: int
     dense: NetworkResult
     tickets: tuple[NetworkResult, ...]
+    recovered: RecoveredResult | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

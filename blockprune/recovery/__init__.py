@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockprune.recovery.distillation import Distillation, Progress
 from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
 
-__all__ = ["METHODS", "check_method", "recover", "recovery_of"]
+__all__ = ["METHODS", "Distillation", "Progress", "check_method", "recover", "recovery_of"]

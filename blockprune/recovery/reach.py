@@ -8,7 +8,6 @@ candidate, the last ones first, with something added to y: the stream must chang
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from blockprune.recovery.passes import Inspected
 from blockprune.recovery.tail import Tail
 from blockprune.tracing import Call
 
-__all__ = ["Reach", "names_of", "run_to", "uses_in", "which_reach"]
+__all__ = ["Reach", "names_of", "run_to", "watched", "which_reach"]
 
 _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
@@ -74,12 +73,12 @@ def run_to(
     return value, calls, watching.calls
 
 
-def uses_in(cut: Inspected, call: Call) -> Counter[str]:
-    """Return how often each parameter is read in one whole run."""
+def watched(cut: Inspected, call: Call) -> Watching:
+    """Return the linear operations of one whole run, and how often parameters are read in it."""
     watching = Watching(names_of(cut.model))
-    with torch.no_grad(), watching:
+    with watching:
         cut.values(call)
-    return watching.uses
+    return watching
 
 
 def which_reach(

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Final
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blockprune.blocks import BlockAnalysis, find_blocks
+from blockprune.criteria.losses import LossFunction
 from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
-from blockprune.recovery.data import Batches, MaskFunction
+from blockprune.recovery.data import Batches, MaskFunction, Masks
+from blockprune.recovery.distill import Run, distilled
+from blockprune.recovery.distillation import Distillation, OnProgress
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
+from blockprune.recovery.networks import networks_of
+from blockprune.recovery.passes import Inspected
 from blockprune.recovery.work import Work
 from blockprune.scoring import first_inputs
 from blockprune.sparsity import recalibrate_norms
 from blockprune.surgery import (
+    GapRecord,
     RecoveryRecord,
     TicketRecord,
     attach,
@@ -27,7 +35,7 @@ from blockprune.tracing import Call, copy_model, isolated, structural_copy, tens
 
 __all__ = ["METHODS", "check_method", "recover", "recovery_of"]
 
-METHODS: Final = ("norms", *FAMILIES)
+METHODS: Final = ("norms", *FAMILIES, "distill")
 """What `recover` knows."""
 
 
@@ -50,8 +58,13 @@ def recover(
     max_batches: int | None = None,
     mask_fn: MaskFunction | None = None,
     in_place: bool = False,
+    recipe: Distillation | None = None,
+    loss_fn: LossFunction | None = None,
+    accelerator: Accelerator | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> nn.Module:
-    """Return the ticket with weights that make up for the blocks it has lost, without training.
+    """Return the ticket with weights that make up for the blocks it has lost.
 
     A cut turns the stream behind a run of removed blocks into the stream in front of it. The last
     linear operation that adds into that stream (a convolution, `nn.Linear`, the projection of an
@@ -64,7 +77,9 @@ def recover(
     with h the stream of the dense model, u that of the ticket, Z what the operation reads, P0 its
     weight and A what lies between it and the stream. Gaps are fitted in order of execution, each on
     the stream as the earlier ones left it. No label is needed; no layer is added; names, shapes and
-    the number of parameters stay. A gap that no linear operation reaches is left as it is.
+    the number of parameters stay. A gap that no linear operation reaches is left as it is. The
+    method "distill" trains all weights instead, towards the outputs of the dense model and its
+    stream; after "refit" it starts close to them.
 
     Args:
         ticket: from `prune`, `remove_blocks` or `load_ticket`.
@@ -81,6 +96,13 @@ def recover(
         mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
             each position. None: the argument `attention_mask`, where there is one of that shape.
         in_place: change the ticket itself, which saves the memory of a copy.
+        recipe: of "distill".
+        loss_fn: of the labels, where the recipe gives them a weight: `(outputs, targets) ->
+            scalar`; None: cross entropy.
+        accelerator: device and mixed precision of "distill"; None: those of the model.
+        checkpoint: file that "distill" writes now and then, and goes on from if it exists: the
+            same weights come out, on a CPU bit for bit, if the data come in the same order.
+        on_progress: called after each gap, or each step of "distill".
 
     Returns:
         A copy of the ticket, or the ticket, in the mode that it was in. `recovery_of` has what was
@@ -90,6 +112,9 @@ def recover(
         RecoveryError: the ticket is none, or not of this dense model; too few samples; activations
             that are not finite.
         DataError: the data are empty, or no arguments of the model.
+        CheckpointError: the checkpoint is damaged, or of something else.
+        TrainingDivergedError: the loss of "distill" is not finite.
+        MissingExtraError: the recipe asks for adapters, and peft is not installed.
         TraceError: the dense model does not run on them.
 
     Example:
@@ -112,24 +137,33 @@ def recover(
     record = _record(ticket)
     example, data = first_inputs(dense_model, data)
     batches = Batches(dense_model, data, max_batches)
+    masks = Masks(dense_model, mask_fn)
     with memory_errors():
         result = ticket if in_place else copy_model(ticket)
         if method == "norms":
             _renormalise(result, batches)
-            recovery = RecoveryRecord(method=method, samples=batches.samples)
+            gaps: tuple[GapRecord, ...] = ()
         else:
-            work = Work(
-                dense_model,
-                ticket,
-                record,
-                _analysed(dense_model, record, example),
-                batches,
-                mask_fn,
-            )
-            fit = FAMILIES[method]
-            gaps = tuple(work.recovered(gap, example, fit, ridge) for gap in work.gaps(example))
-            _fill(result, work, record, example)
-            recovery = RecoveryRecord(method=method, samples=batches.samples, gaps=gaps)
+            analysis = _analysed(dense_model, record, example)
+            is_trained = method == "distill"
+            networks = networks_of(dense_model, ticket, record, analysis, everywhere=is_trained)
+            if is_trained:
+                gaps = distilled(
+                    networks,
+                    _trained(ticket, record),
+                    example,
+                    batches,
+                    masks,
+                    recipe or Distillation(),
+                    Run(loss_fn, accelerator, checkpoint, on_progress),
+                )
+            else:
+                work = Work(networks, batches, masks)
+                gaps = work.recovered(example, FAMILIES[method], ridge, on_progress)
+            _fill(result, networks.cut, record, example)
+    recovery = RecoveryRecord(
+        method=method, samples=batches.samples, gaps=gaps, before=record.recovery
+    )
     attach(result, dataclasses.replace(record, recovery=recovery))
     return result
 
@@ -182,22 +216,33 @@ def _renormalise(ticket: nn.Module, batches: Batches) -> None:
     )
 
 
-def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) -> None:
-    """Write what was found into a ticket, and prove that it then computes what was fitted.
+def _trained(ticket: nn.Module, record: TicketRecord) -> frozenset[str]:
+    """Return the names, in the dense model, of the parameters that require gradients."""
+    return frozenset(
+        translated(name, record.renamed)
+        for name, parameter in ticket.named_parameters()
+        if parameter.requires_grad
+    )
+
+
+def _fill(ticket: nn.Module, cut: Inspected, record: TicketRecord, example: Call) -> None:
+    """Write the weights of the cut model into a ticket, and prove that it then computes the same.
 
     Raises:
         VerificationError: it does not; it is as it was.
     """
-    own = {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
-    before = {name: own[name].detach().clone() for name in work.changed}
-    write_into(own, work.changed)
-    wanted, found = _outputs(work.cut.model, example), _outputs(structural_copy(ticket), example)
-    for one, other in zip(wanted, found, strict=True):
+    own, found = tensors_of(ticket), tensors_of(cut.model)
+    wanted = {name: found[translated(name, record.renamed)] for name in own}
+    changed = {name: new for name, new in wanted.items() if not torch.equal(new, own[name])}
+    before = {name: own[name].detach().clone() for name in changed}
+    write_into(own, changed)
+    outputs = _outputs(cut.model, example), _outputs(structural_copy(ticket), example)
+    for one, other in zip(*outputs, strict=True):
         room = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0
         if not torch.allclose(other, one, rtol=room, atol=room * float(one.abs().max())):
             write_into(own, before)
             raise VerificationError(
-                "with the fitted weights the ticket does not compute what the cut model does; its "
+                "with the new weights the ticket does not compute what the cut model does; its "
                 "weights are as they were."
             )
 

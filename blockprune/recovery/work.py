@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
 
-from blockprune.blocks import BlockAnalysis
 from blockprune.errors import RecoveryError, VerificationError
-from blockprune.recovery.data import Batches, MaskFunction, weights_of
+from blockprune.recovery.data import Batches, Masks, weights_of
+from blockprune.recovery.distillation import OnProgress, Progress
 from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap
 from blockprune.recovery.gram import Gram, with_ones
-from blockprune.recovery.networks import gaps_in, networks_of
+from blockprune.recovery.networks import Networks, gaps_in
 from blockprune.recovery.operations import LinearCall
-from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
+from blockprune.recovery.reach import Reach, run_to, watched, which_reach
 from blockprune.recovery.tail import Tail
-from blockprune.surgery import GapRecord, TicketRecord
+from blockprune.surgery import GapRecord
 from blockprune.tracing import Call
 
 __all__ = ["Work"]
@@ -44,45 +42,36 @@ class Work:
     """The recovery of one ticket.
 
     Args:
-        dense_model, ticket: are left as they are.
-        record: of the ticket.
-        analysis: of the dense model.
+        networks: the cut one is changed.
         batches: what is read.
-        mask_fn: see `recover`.
-
-    Attributes:
-        cut: the dense model without what was removed, with the weights of the ticket.
-        changed: new values by their names in the dense model.
+        masks: which positions count.
     """
 
-    def __init__(
-        self,
-        dense_model: nn.Module,
-        ticket: nn.Module,
-        record: TicketRecord,
-        analysis: BlockAnalysis,
-        batches: Batches,
-        mask_fn: MaskFunction | None,
-    ) -> None:
-        self.batches, self.mask_fn = batches, mask_fn
-        self._signature = inspect.signature(dense_model.forward)
-        self.changed: dict[str, Tensor] = {}
+    def __init__(self, networks: Networks, batches: Batches, masks: Masks) -> None:
+        self.batches, self.masks = batches, masks
+        self.networks, self.dense, self.cut = networks, networks.dense, networks.cut
         self._uses: Mapping[str, int] = {}
-        self._networks = networks_of(dense_model, ticket, record, analysis)
-        self.dense, self.cut = self._networks.dense, self._networks.cut
 
-    def gaps(self, call: Call) -> list[Gap]:
-        """Return the gaps, those that are one on an example made one, in order of execution."""
-        self._uses = uses_in(self.cut, call)
-        return [gap for gap, _ in gaps_in(self._networks, call)]
-
-    def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
-        """Fit one gap, write what was found into the cut model, and return how it went.
+    def recovered(
+        self, call: Call, family: Fit, ridge: float | None, on_progress: OnProgress | None = None
+    ) -> tuple[GapRecord, ...]:
+        """Fit one gap after the other, in order of execution, and return how each went.
 
         Raises:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
+        self._uses = watched(self.cut, call).uses
+        gaps = [gap for gap, _ in gaps_in(self.networks, call)]
+        found = []
+        for done, gap in enumerate(gaps, 1):
+            found.append(self._recovered(gap, call, family, ridge))
+            if on_progress is not None:
+                on_progress(Progress(done=done, total=len(gaps)))
+        return tuple(found)
+
+    def _recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
+        """Fit one gap, write what was found into the cut model, and return how it went."""
         reaches = which_reach(self.cut, call, gap.stream, self._uses)
         sums, held_out = self._sums(reaches), self._sums(reaches)
         for batch, is_held_out in self.batches:
@@ -132,7 +121,7 @@ class Work:
                 "data. Leave out the samples that cause it, or use a wider precision."
             )
         is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
-        weights = weights_of(wanted, self._mask(call), is_sequence=is_sequence)
+        weights = weights_of(wanted, self.masks.of(call), is_sequence=is_sequence)
         sums.error += float((weights.double() * missing.double() ** 2).sum())
         sums.size += float((weights.double() * wanted.double() ** 2).sum())
         for reach in reaches:
@@ -147,21 +136,6 @@ class Work:
             shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
             sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
 
-    def _mask(self, call: Call) -> Tensor | None:
-        """Return the weight of each position, where a user or the call has one.
-
-        Raises:
-            RecoveryError: what the user's function returns is none.
-        """
-        if self.mask_fn is None:
-            found = self._signature.bind(*call.args, **call.kwargs).arguments
-            mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
-            return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        mask = self.mask_fn(call)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
-        return mask
-
     def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
         """Put a fit into the cut model, and prove that the stream is what was fitted."""
         weight = operation.weight
@@ -173,7 +147,6 @@ class Work:
         wanted = (stream + Tail(stream, seen.returned).forward(change)).detach()
         values = folded(self.cut.model, operation, best.matrix, best.gram)
         write_into(tensors_of(self.cut.model), values)
-        self.changed |= values
         found, _, _ = run_to(self.cut, call, gap.stream, frozenset())
         error = float((found.detach() - wanted).abs().max())
         room = torch.finfo(wanted.dtype).eps ** 0.5 * float(wanted.abs().max())

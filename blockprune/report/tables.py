@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 
 from blockprune.lottery.results import Comparison, ExperimentResult, NetworkResult
@@ -69,14 +71,47 @@ def reading_notes(result: ExperimentResult) -> tuple[str, ...]:
         f"latency: median time of one forward pass of {result.latency_batch_size} "
         f"images; speed up: of training, by train s. {result.device}, {result.threads} "
         f"{'thread' if result.threads == 1 else 'threads'}.",
+        *_recovery_notes(result),
     )
+
+
+def _recovery_notes(result: ExperimentResult) -> Iterator[str]:
+    if (found := result.recovered) is not None:
+        yield (
+            f"cut {found.cut.p}: the trained dense network without its {found.cut.p} blocks of "
+            f"lowest {found.criterion}, not trained again; {found.method} {found.cut.p}: its "
+            f"weights fitted to {found.samples} training images in closed form, without labels; "
+            "train s is what that took."
+        )
 
 
 def _rows(result: ExperimentResult) -> list[tuple[tuple[str, ...], Comparison | None]]:
     rows: list[tuple[tuple[str, ...], Comparison | None]] = [(_row(result.dense, None), None)]
     for ticket, comparison in zip(result.tickets, result.comparisons, strict=True):
         rows.append((_row(ticket, comparison), comparison))
+    if result.recovered is not None:
+        for label, network in (
+            ("cut", result.recovered.cut),
+            (result.recovered.method, result.recovered.recovered),
+        ):
+            rows.append((_untrained_row(label, network, result), None))
     return rows
+
+
+def _untrained_row(label: str, network: NetworkResult, result: ExperimentResult) -> tuple[str, ...]:
+    difference = 100 * (network.accuracy - result.dense.accuracy)
+    return (
+        f"{label} {network.p}",
+        " ".join(network.removed),
+        f"{100 * network.accuracy:.2f}",
+        f"{difference:+.2f}",
+        "",
+        f"{100 * (1 - network.macs / result.dense.macs):.2f}%",
+        f"{network.params:,}",
+        f"{network.latency_ms:.2f}",
+        f"{network.train_seconds:.1f}",
+        "",
+    )
 
 
 def _row(network: NetworkResult, comparison: Comparison | None) -> tuple[str, ...]:

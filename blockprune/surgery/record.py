@@ -22,7 +22,8 @@ class GapRecord(BaseModel):
 
     Attributes:
         blocks: names of the removed blocks.
-        weights: names of the weights that were fitted; none where no linear operation reaches it.
+        weights: names of the weights that were fitted; none where no linear operation reaches it,
+            and for "distill", which trains all.
         residual_before: squared error of the stream against the dense model's, as a share of the
             squares of the dense one, in the cut network with the gaps before it recovered.
         residual_after: the same with the fitted weights.
@@ -43,9 +44,10 @@ class RecoveryRecord(BaseModel):
     """How a ticket was recovered. Its weights are then no longer those of the dense model.
 
     Attributes:
-        method: "norms", "scale", "map" or "refit".
+        method: "norms", "scale", "map", "refit" or "distill".
         samples: how many samples of the data were read.
         gaps: in order of execution; empty for "norms".
+        before: the recovery of the ticket that this one began with; None if it had none.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -53,6 +55,7 @@ class RecoveryRecord(BaseModel):
     method: str
     samples: int
     gaps: tuple[GapRecord, ...] = ()
+    before: RecoveryRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True)
