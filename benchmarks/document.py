@@ -306,6 +306,24 @@ def _recovery_fashion(result: Result) -> Iterator[str]:
         ["blocks removed", *names],
         [[key, *(f"{row[name]:.1f}" for name in names)] for key, row in result["means"].items()],
     )
+    six = result["means"].get("6 one-shot")
+    if six is not None and "refit, distilled" in six:
+        refit, dense = six["refit"], result["dense"]
+        yield "Six of thirteen out, one-shot; differences in points:"
+        yield _targets(
+            [
+                _target("refit above nothing", refit - six["nothing"], at_least=30, at_most=100),
+                _target("refit above norms", refit - six["norms"], at_least=4, at_most=100),
+                _target("refit above map", refit - six["map"], at_least=2, at_most=100),
+                _target("dense above refit", dense - refit, at_least=-100, at_most=3),
+                _target(
+                    "dense above refit, distilled",
+                    dense - six["refit, distilled"],
+                    at_least=-100,
+                    at_most=1,
+                ),
+            ]
+        )
 
 
 SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {

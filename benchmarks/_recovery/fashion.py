@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import blockprune
 from _recovery.methods import batches, recovered
 from blockprune.lottery.recipe import Recipe
 from blockprune.lottery.training import train
 from blockprune.models import resnet32
+from blockprune.recovery import Distillation
 
 FITTED_TO = 512
+SCHEDULES = ("one-shot", "iterative")
 
 
 def read(folder: Path, part: str, size: int) -> TensorDataset:
@@ -51,58 +53,103 @@ def fashion(args: argparse.Namespace) -> dict[str, Any]:
     """Run all seeds, and return their accuracies and the means."""
     data, test = (read(args.data, part, args.size) for part in ("train", "t10k"))
     data = TensorDataset(*(t[: args.images] for t in data.tensors))
-    runs = [_fashion_seed(seed, data, test, args) for seed in range(args.seeds)]
+    runs = [_Seed(seed, data, test, args.epochs) for seed in range(args.seeds)]
     means: dict[str, dict[str, float]] = {}
-    for key in runs[0]["tickets"]:
-        rows = [run["tickets"][key] for run in runs]
-        means[key] = {name: statistics.mean(row[name]["value"] for row in rows) for name in rows[0]}
+    # The largest number first, so that a run that is stopped has what matters most.
+    for count in sorted(args.blocks, reverse=True):
+        for run in runs:
+            run.cut(count)
+        for schedule in SCHEDULES:
+            rows = [run.tickets[f"{count} {schedule}"] for run in runs]
+            means[f"{count} {schedule}"] = {
+                name: statistics.mean(row[name]["value"] for row in rows)
+                for name in rows[0]
+                if name != "removed"
+            }
+        print(f"means: {means}", flush=True)
     return {
         "size": args.size,
         "images": len(data),
         "epochs": args.epochs,
         "fitted_to": FITTED_TO,
-        "dense": statistics.mean(run["dense"] for run in runs),
-        "dense_one_epoch_more": statistics.mean(run["dense_one_epoch_more"] for run in runs),
+        "dense": statistics.mean(run.accuracy for run in runs),
+        "dense_one_epoch_more": statistics.mean(run.one_epoch_more for run in runs),
         "means": means,
-        "runs": runs,
+        "runs": [
+            {
+                "seed": run.seed,
+                "dense": run.accuracy,
+                "dense_one_epoch_more": run.one_epoch_more,
+                "tickets": run.tickets,
+            }
+            for run in runs
+        ],
     }
 
 
-def _fashion_seed(
-    seed: int, data: TensorDataset, test: TensorDataset, args: argparse.Namespace
-) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    dense = resnet32(in_channels=1)
-    schedule = {
-        "schedule": "one_cycle",
-        "warmup_epochs": 0.5,
-        "batch_size": 128,
-        "weight_decay": 5e-4,
-        "seed": seed,
-    }
-    train(dense, data, Recipe(epochs=args.epochs, lr=0.1, **schedule))
-    more = Recipe(epochs=1, lr=0.01, **schedule)
+class _Seed:
+    """The dense network of one seed, and what becomes of it."""
 
-    def tuned(model: nn.Module) -> float:
+    def __init__(self, seed: int, data: TensorDataset, test: TensorDataset, epochs: int) -> None:
+        self.seed, self.data, self.test = seed, data, test
+        self.schedule = {
+            "schedule": "one_cycle",
+            "warmup_epochs": 0.5,
+            "batch_size": 128,
+            "weight_decay": 5e-4,
+            "seed": seed,
+        }
+        torch.manual_seed(seed)
+        self.dense = resnet32(in_channels=1)
+        train(self.dense, data, Recipe(epochs=epochs, lr=0.1, **self.schedule))
+        self.dense.eval()
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        self.images, self.labels = (t[order[:FITTED_TO]] for t in data.tensors)
+        self.accuracy = accuracy(self.dense, test)
+        self.one_epoch_more = self.tuned(self.dense)
+        self.tickets: dict[str, Any] = {}
+        print(f"seed {seed}, dense {self.accuracy:.1f}", flush=True)
+
+    def tuned(self, model: nn.Module) -> float:
+        """Return the accuracy after one epoch of plain training with labels."""
         model = copy.deepcopy(model)
-        train(model, data, more)
-        return accuracy(model, test)
+        train(model, self.data, Recipe(epochs=1, lr=0.01, **self.schedule))
+        return accuracy(model, self.test)
 
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    images, labels = (t[order[:FITTED_TO]] for t in data.tensors)
-    found: dict[str, Any] = {"seed": seed, "dense": accuracy(dense.eval(), test)}
-    found["dense_one_epoch_more"] = tuned(dense)
-    found["tickets"] = {}
-    for count in args.blocks:
-        for schedule_of_cuts in ("one-shot", "iterative"):
+    def distilled(self, ticket: nn.Module) -> float:
+        """Return the accuracy after one epoch of distillation without labels."""
+        loader = DataLoader(self.data, batch_size=128, shuffle=True)
+        recipe = Distillation(epochs=1, seed=self.seed)
+        found = blockprune.recover(ticket, self.dense, loader, "distill", recipe=recipe)
+        return accuracy(found, self.test)
+
+    def cut(self, count: int) -> None:
+        """Fill the rows of that many blocks out."""
+        for schedule in SCHEDULES:
             ticket = blockprune.prune(
-                dense, "block_influence", count, data=(images, labels), schedule=schedule_of_cuts
+                self.dense,
+                "block_influence",
+                count,
+                data=(self.images, self.labels),
+                schedule=schedule,
             )
-            row = recovered(ticket, dense, batches(images), lambda model: accuracy(model, test))
-            row["fine-tuned"] = {"value": tuned(ticket)}
-            working = blockprune.recover(ticket, dense, batches(images))
-            row["refit, fine-tuned"] = {"value": tuned(working)}
-            found["tickets"][f"{count} {schedule_of_cuts}"] = row
-            shown = {name: round(one["value"], 1) for name, one in row.items()}
-            print(f"seed {seed}, dense {found['dense']:.1f}, {count} {schedule_of_cuts}: {shown}")
-    return found
+            removed = list(blockprune.plan_of(ticket).remove)
+            for other in SCHEDULES:
+                known = self.tickets.get(f"{count} {other}")
+                if known is not None and known["removed"] == removed:
+                    self.tickets[f"{count} {schedule}"] = known
+                    break
+            else:
+                self.tickets[f"{count} {schedule}"] = self._row(ticket, removed)
+
+    def _row(self, ticket: nn.Module, removed: list[str]) -> dict[str, Any]:
+        row: dict[str, Any] = recovered(
+            ticket, self.dense, batches(self.images), lambda model: accuracy(model, self.test)
+        )
+        refitted = blockprune.recover(ticket, self.dense, batches(self.images))
+        for name, start in (("", ticket), ("refit, ", refitted)):
+            row[f"{name}fine-tuned"] = {"value": self.tuned(start)}
+            row[f"{name}distilled"] = {"value": self.distilled(start)}
+        shown = {name: round(one["value"], 1) for name, one in row.items()}
+        print(f"seed {self.seed}, {len(removed)} out: {shown}", flush=True)
+        return {**row, "removed": removed}
