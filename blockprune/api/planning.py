@@ -11,11 +11,11 @@ from torch import nn
 
 from blockprune import plan as plans
 from blockprune.api.rounds import Rounds
+from blockprune.batches import Replay
 from blockprune.blocks import BlockAnalysis
 from blockprune.costs import Quantity, RemainingCosts
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
-from blockprune.criteria.batches import Replay
 from blockprune.errors import PlanError
 from blockprune.plan import (
     Budget,

@@ -9,16 +9,15 @@ from typing import Any
 from torch import nn
 
 from blockprune.api.planning import Planner
+from blockprune.batches import Replay, first_inputs
 from blockprune.blocks import BlockAnalysis, Reason, find_blocks
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
-from blockprune.criteria.batches import Replay
 from blockprune.errors import InfeasibleBudgetError, RecoveryError
 from blockprune.inputs import infer_example_inputs
 from blockprune.plan import Budget, budget_asked_for
 from blockprune.recovery import check_method
 from blockprune.recovery import recover as recovered
-from blockprune.scoring import first_inputs
 from blockprune.surgery import cut_blocks, record_of
 from blockprune.tracing import LeafModules, TensorFact
 

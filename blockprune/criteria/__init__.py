@@ -5,6 +5,7 @@ A new criterion is one callable in a file of its family and one row here.
 
 from __future__ import annotations
 
+from blockprune.batches import Batch
 from blockprune.criteria.activation import (
     AngularDistance,
     BlockInfluence,
@@ -13,7 +14,6 @@ from blockprune.criteria.activation import (
     Pls,
 )
 from blockprune.criteria.base import Criterion, NoDataWarning, ScoringContext
-from blockprune.criteria.batches import Batch
 from blockprune.criteria.combined import Consensus
 from blockprune.criteria.control import Random
 from blockprune.criteria.derivatives import ZeroScoresWarning

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from blockprune.batches import Batch, Replay, batches_of
 from blockprune.blocks import BlockAnalysis, ResidualBlock
-from blockprune.criteria.batches import Batch, Replay, batches_of
 from blockprune.criteria.losses import LossFunction, cross_entropy, divided, main_output, own_loss
 from blockprune.criteria.passes import Passes
 from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory

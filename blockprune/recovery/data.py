@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.criteria.batches import Batch, Replay, batches_of
-from blockprune.errors import DataError
+from blockprune.batches import Batch, Replay, batches_of, device_of
+from blockprune.errors import DataError, RecoveryError
 from blockprune.randomness import preserved_rng
 from blockprune.tracing import Call
 
-__all__ = ["Batches", "MaskFunction", "weights_of"]
+__all__ = ["Batches", "MaskFunction", "mask_of", "weights_of"]
 
 MaskFunction = Callable[[Call], Tensor]
 """From the arguments of a model to the weight of each position, (samples, positions)."""
@@ -41,7 +42,7 @@ class Batches:
     def __init__(self, model: nn.Module, data: Any, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"max_batches is at least 1, not {limit}.")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         self._limit, self.samples = limit, 0
         if isinstance(data, Iterator):
             kept: Iterable[Batch] = Replay(itertools.islice(batches_of(model, data, device), limit))
@@ -78,6 +79,22 @@ class Batches:
         """Yield the batches as `recalibrate_norms` takes them."""
         for call, _ in self:
             yield call, None
+
+
+def mask_of(model: nn.Module, call: Call, mask_fn: MaskFunction | None = None) -> Tensor | None:
+    """Return the weight of each position, where a user or the call has one.
+
+    Raises:
+        RecoveryError: what the user's function returns is none.
+    """
+    if mask_fn is None:
+        found = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+        mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    mask = mask_fn(call)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
+    return mask
 
 
 def weights_of(stream: Tensor, mask: Tensor | None, *, is_sequence: bool) -> Tensor:

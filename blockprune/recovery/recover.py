@@ -8,18 +8,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from blockprune.batches import first_inputs
 from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
 from blockprune.recovery.data import Batches, MaskFunction
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
+from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.work import Work
-from blockprune.scoring import first_inputs
-from blockprune.sparsity import recalibrate_norms
 from blockprune.surgery import (
     RecoveryRecord,
     TicketRecord,
     attach,
+    cuts_of,
     record_of,
     translated,
 )
@@ -118,13 +119,14 @@ def recover(
             _renormalise(result, batches)
             recovery = RecoveryRecord(method=method, samples=batches.samples)
         else:
+            analysis = _analysed(dense_model, record, example)
             work = Work(
                 dense_model,
-                ticket,
-                record,
-                _analysed(dense_model, record, example),
+                analysis,
+                cuts_of(analysis, record.plan.remove, record.plan.granularity),
                 batches,
                 mask_fn,
+                _by_dense_names(ticket, record),
             )
             fit = FAMILIES[method]
             gaps = tuple(work.recovered(gap, example, fit, ridge) for gap in work.gaps(example))
@@ -188,7 +190,7 @@ def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) ->
     Raises:
         VerificationError: it does not; it is as it was.
     """
-    own = {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
+    own = _by_dense_names(ticket, record)
     before = {name: own[name].detach().clone() for name in work.changed}
     write_into(own, work.changed)
     wanted, found = _outputs(work.cut.model, example), _outputs(structural_copy(ticket), example)
@@ -200,6 +202,11 @@ def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) ->
                 "with the fitted weights the ticket does not compute what the cut model does; its "
                 "weights are as they were."
             )
+
+
+def _by_dense_names(ticket: nn.Module, record: TicketRecord) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a ticket, by the names that the dense model has."""
+    return {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:

@@ -3,73 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.blocks import BlockAnalysis, by_flow
+from blockprune.blocks import BlockAnalysis, Cut, by_flow
 from blockprune.errors import RecoveryError, VerificationError
-from blockprune.recovery.data import Batches, MaskFunction, weights_of
+from blockprune.recovery.data import Batches, MaskFunction, mask_of
 from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap, gaps_of
-from blockprune.recovery.gram import Gram, with_ones
+from blockprune.recovery.gram import with_ones
 from blockprune.recovery.operations import LinearCall
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
+from blockprune.recovery.sums import Seen, Sums
 from blockprune.recovery.tail import Tail
-from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
+from blockprune.surgery import GapRecord, ticket_graph
 from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
 
 __all__ = ["Work"]
-
-
-@dataclasses.dataclass
-class _Sums:
-    """What was seen of one gap: of each operation, and of the gap itself.
-
-    Attributes:
-        grams: by the name of a weight.
-        error, size: squares of what is missing in the stream, and of what it should be.
-    """
-
-    grams: dict[str, Gram]
-    error: float = 0.0
-    size: float = 0.0
 
 
 class Work:
     """The recovery of one ticket.
 
     Args:
-        dense_model, ticket: are left as they are.
-        record: of the ticket.
+        dense_model: is left as it is.
         analysis: of the dense model.
+        cuts: what was removed from it.
         batches: what is read.
         mask_fn: see `recover`.
+        weights: of the ticket, by their names in the dense model; None: those of the dense model.
 
     Attributes:
+        dense: the dense model.
         cut: the dense model without what was removed, with the weights of the ticket.
         changed: new values by their names in the dense model.
+
+    Raises:
+        RecoveryError: the weights are not of this dense model.
     """
 
     def __init__(
         self,
         dense_model: nn.Module,
-        ticket: nn.Module,
-        record: TicketRecord,
         analysis: BlockAnalysis,
+        cuts: Sequence[Cut],
         batches: Batches,
-        mask_fn: MaskFunction | None,
+        mask_fn: MaskFunction | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.batches, self.mask_fn = batches, mask_fn
-        self._signature = inspect.signature(dense_model.forward)
+        self.batches = batches
+        self._mask = partial(mask_of, dense_model, mask_fn=mask_fn)
         self.changed: dict[str, Tensor] = {}
         self._uses: Mapping[str, int] = {}
-        cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
         self._gaps = gaps_of(analysis.cuts, cuts)
         flows = by_flow(cuts)
         # With parameters of its own, in the memory of the dense model's.
@@ -78,7 +69,7 @@ class Work:
         )
         # Without the user's hooks, and with weights of its own.
         shallow = copy_model(structural_copy(dense_model))
-        _load(shallow, ticket, record)
+        _load(shallow, weights or {})
         self.cut = Inspected(
             shallow,
             {f.region.path: ticket_graph(f, group, analysis.cuts) for f, group in flows.items()},
@@ -112,10 +103,27 @@ class Work:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
-        reaches = which_reach(self.cut, call, gap.stream, self._uses)
-        sums, held_out = self._sums(reaches), self._sums(reaches)
+        reaches = self.reaches(gap, call)
+        sums, held_out = (Sums.zeros(self.cut.model, reaches) for _ in range(2))
         for batch, is_held_out in self.batches:
-            self._add(held_out if is_held_out else sums, gap, reaches, batch)
+            (held_out if is_held_out else sums).add(gap, reaches, self._seen(gap, reaches, batch))
+        return self.fitted(gap, call, reaches, sums, held_out, family, ridge)
+
+    def reaches(self, gap: Gap, call: Call) -> list[Reach]:
+        """Return the operations that a gap can be fitted with, by an example."""
+        return which_reach(self.cut, call, gap.stream, self._uses)
+
+    def fitted(
+        self,
+        gap: Gap,
+        call: Call,
+        reaches: Sequence[Reach],
+        sums: Sums,
+        held_out: Sums,
+        family: Fit,
+        ridge: float | None,
+    ) -> GapRecord:
+        """Fit one gap to sums over two parts of the data; otherwise like `recovered`."""
         error, size = sums.error + held_out.error, sums.size + held_out.size
         left, chosen = error, None
         for reach in reaches:
@@ -151,56 +159,12 @@ class Work:
                 )
         return found
 
-    def _sums(self, reaches: list[Reach]) -> _Sums:
-        grams = {}
-        for reach in reaches:
-            start = start_of(self.cut.model, reach.operation)
-            groups, columns, outputs = start.shape
-            grams[reach.operation.weight] = Gram.zeros(groups, columns - 1, outputs, start.device)
-        return _Sums(grams)
-
-    def _add(self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call) -> None:
+    def _seen(self, gap: Gap, reaches: Sequence[Reach], call: Call) -> Seen:
         with torch.no_grad():
-            wanted = self.dense.value(call, gap.target)
+            target = self.dense.value(call, gap.target)
         leaves = frozenset(reach.operation.weight for reach in reaches)
         stream, calls, _ = run_to(self.cut, call, gap.stream, leaves)
-        wanted = wanted.to(stream.device)
-        missing = wanted - stream.detach()
-        if not bool(missing.isfinite().all()):
-            raise RecoveryError(
-                f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
-                "data. Leave out the samples that cause it, or use a wider precision."
-            )
-        is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
-        weights = weights_of(wanted, self._mask(call), is_sequence=is_sequence)
-        sums.error += float((weights.double() * missing.double() ** 2).sum())
-        sums.size += float((weights.double() * wanted.double() ** 2).sum())
-        for reach in reaches:
-            operation = calls[reach.operation.weight]
-            leaf = operation.returned
-            assert leaf is not None
-            tail = Tail(stream, leaf)
-            counts = tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach()
-            change = tail.backward(weights * missing).detach()
-            goal = leaf.detach() + torch.where(counts > 0, change / counts, 0)
-            rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
-            shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-            sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
-
-    def _mask(self, call: Call) -> Tensor | None:
-        """Return the weight of each position, where a user or the call has one.
-
-        Raises:
-            RecoveryError: what the user's function returns is none.
-        """
-        if self.mask_fn is None:
-            found = self._signature.bind(*call.args, **call.kwargs).arguments
-            mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
-            return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        mask = self.mask_fn(call)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
-        return mask
+        return Seen(stream, target, calls, self._mask(call))
 
     def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
         """Put a fit into the cut model, and prove that the stream is what was fitted."""
@@ -224,7 +188,7 @@ class Work:
             )
 
 
-def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a ticket into a copy of the dense model.
 
     Raises:
@@ -232,8 +196,8 @@ def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
     """
     state = tensors_of(model)
     with torch.no_grad():
-        for name, tensor in tensors_of(ticket).items():
-            own = state.get(translated(name, record.renamed))
+        for name, tensor in weights.items():
+            own = state.get(name)
             if own is None or own.shape != tensor.shape:
                 raise RecoveryError(
                     f"{name!r} of the ticket is no tensor of the dense model, or has another "
