@@ -22,6 +22,7 @@ from blockprune.criteria.gradient import GradNorm, Grasp, Snip, Taylor
 from blockprune.criteria.losses import main_output
 from blockprune.criteria.meters import evaluate
 from blockprune.criteria.output import Cka, Kl, LossIncrease
+from blockprune.criteria.recovered import RecoveredLoss
 from blockprune.criteria.synflow import SynFlow
 from blockprune.criteria.weights import L1, L2
 from blockprune.criteria.zero_cost import JacobCov, Naswot
@@ -49,6 +50,7 @@ __all__ = [
     "NoDataWarning",
     "Pls",
     "Random",
+    "RecoveredLoss",
     "ScoringContext",
     "Snip",
     "SynFlow",
@@ -87,6 +89,8 @@ CRITERIA: dict[str, Criterion] = {
     "kl": Kl(),
     "cka": Cka(),
     "loss_increase": LossIncrease(),
+    # The same after a refit of what is left.
+    "recovered_loss": RecoveredLoss(),
     # From the ranks under others.
     "consensus": Consensus(),
 }

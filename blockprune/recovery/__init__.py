@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from blockprune.recovery.data import Batches
 from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
 
-__all__ = [
-    "METHODS",
-    "Batches",
-    "check_method",
-    "recalibrate_norms",
-    "recover",
-    "recovery_of",
-]
+__all__ = ["METHODS", "check_method", "recalibrate_norms", "recover", "recovery_of"]
