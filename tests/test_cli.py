@@ -759,6 +759,9 @@ def test_what_cannot_be_planned_is_said(cli: Cli, model: str, budget: str, messa
         ("--max-cache-bytes", "-1"),
         ("--by", "cost"),
         ("--schedule", "oneshot"),
+        ("--beam-width", "0"),
+        # Without --schedule beam.
+        ("--beam-width", "2"),
         ("--input-shape", "1,3,0,0"),
         ("--input-shape", "big"),
         ("--granularity", "stage"),
@@ -1104,9 +1107,11 @@ def test_bench_takes_budgets_on_what_is_left(cli: Cli) -> None:
     assert [len(network["removed"]) for network in networks] == [0, 1, 3]
 
 
-@pytest.mark.parametrize("schedule", ["one-shot", "iterative"])
-def test_prune_to_a_budget(cli: Cli, schedule: str) -> None:
-    options = ("-c", "snip", "--data", "digits", "--schedule", schedule, "--by", "score_per_cost")
+@pytest.mark.parametrize(
+    "schedule", [("one-shot",), ("iterative",), ("beam", "--beam-width", 2)], ids=lambda s: s[0]
+)
+def test_prune_to_a_budget(cli: Cli, schedule: tuple[Any, ...]) -> None:
+    options = ("-c", "snip", "--data", "digits", "--by", "score_per_cost", "--schedule", *schedule)
     found = _json(cli, "prune", RESNET20, "--keep-params", "0.5", *options)
     assert found["plan"]["budget"] == {"kind": "keep_params", "value": 0.5}
     assert found["plan"]["p"] is None

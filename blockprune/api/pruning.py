@@ -34,6 +34,7 @@ def prune(
     max_latency_ms: float | None = None,
     by: str = "score",
     schedule: str = "one-shot",
+    beam_width: int | None = None,
     data: Any = None,
     example_inputs: Any = None,
     loss_fn: LossFunction | None = None,
@@ -66,7 +67,10 @@ def prune(
         schedule: "one-shot": all blocks are scored once, on the dense model. "iterative": the
             least important goes, those left are scored again on that ticket, with the same data and
             seed, and so on. The plan of the ticket has for each block the score it went with, for
-            each that stays the latest.
+            each that stays the latest. "beam": the same from the best `beam_width` sets of each
+            step in place of the best one; a set is as good as the scores that its blocks went with
+            add up to. It takes `beam_width` times as many scorings.
+        beam_width: for "beam"; None: 3. With 1 it is "iterative".
         data: one `(inputs, targets)` or an iterable of them, for criteria that look at data; None:
             random inputs and labels, with a warning that says so.
         example_inputs: what the forward takes (a Tensor, a tuple of arguments, a dict of keywords).
@@ -137,6 +141,7 @@ def prune(
         min_blocks_per_stage,
         max_batches,
         max_cache_bytes,
+        beam_width,
     )
     _refuse_if_hopeless(model, analysis, asked)
     planner.check(asked)
