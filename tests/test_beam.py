@@ -208,8 +208,7 @@ def minimal_sets(remaining: Any, target: float) -> list[tuple[str, ...]]:
     ]
 
 
-@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
-@pytest.mark.parametrize("quantity", ["macs", "params"])
+@pytest.mark.parametrize(("quantity", "share"), [("macs", 0.8), ("macs", 0.5), ("params", 0.3)])
 def test_a_full_beam_meets_a_budget_with_the_lowest_loss(quantity: Any, share: float) -> None:
     remaining = RemainingCosts(analysis()).of(quantity)
     sets = minimal_sets(remaining, share * remaining.total)
@@ -230,7 +229,7 @@ def test_what_is_lost_for_what_is_saved_is_never_worse_than_greedy() -> None:
     def ratio(gone: Sequence[str], criterion: LossOfSets) -> float:
         return criterion.of(gone) / (remaining.total - remaining(gone))
 
-    for seed in range(4):
+    for seed in range(2):
         # A loss that any removal adds to.
         criterion = LossOfSets(seed)
         criterion.loss[frozenset()] = -1
