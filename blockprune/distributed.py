@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from blockprune.criteria.batches import Replay, items_of
+from blockprune.batches import Replay, items_of
 from blockprune.errors import CriterionError, DataError
 from blockprune.tracing import map_tensors, tensors_in
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from blockprune.batches import Replay, batches_of, device_of, first_inputs
 from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.criteria import (
     Criterion,
@@ -27,25 +27,20 @@ from blockprune.criteria import (
     evaluate,
 )
 from blockprune.criteria.base import CACHE_BYTES
-from blockprune.criteria.batches import Replay, batches_of
-from blockprune.criteria.losses import LossFunction
 from blockprune.distributed import GlobalBatches
-from blockprune.errors import CriterionError, DataError, close_names, raise_if_out_of_memory
+from blockprune.errors import CriterionError, close_names
 from blockprune.inputs import infer_example_inputs
-from blockprune.randomness import preserved_rng, seed_rng
-from blockprune.tracing import Call, as_call, isolated, structural_copy, surroundings_kept
+from blockprune.losses import LossFunction
+from blockprune.randomness import seed_rng
+from blockprune.tracing import as_call, isolated, structural_copy, surroundings_kept
 
 __all__ = [
     "NoDataWarning",
     "ScoreTable",
     "ZeroScoresWarning",
-    "first_inputs",
     "score_blocks",
     "score_criteria",
 ]
-
-# Two samples show what belongs to the batch; more of them would cost time and show no more.
-EXAMPLE_SIZE = 2
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def score_criteria(
             example = as_call(model, infer_example_inputs(model, seed=seed))
         batches = None
         if data is not None:
-            every = batches_of(model, data, _device(model))
+            every = batches_of(model, data, device_of(model))
             batches = Replay(itertools.islice(every, max_batches))
         if analysis is None:
             analysis = find_blocks(model, example, granularity)
@@ -213,47 +208,6 @@ def score_criteria(
         name: ScoreTable(name, analysis.granularity, seed, values, analysis.fingerprint)
         for name, values in scores.items()
     }
-
-
-def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
-    """Return a few first inputs of `data` as a call on the model's device, and data to use instead.
-
-    They are the first two samples of the first batch, enough for an analysis and for its proof; the
-    whole batch where the model does not run on two. An iterator is read once only, so what was
-    looked at is put back in front; anything else is read from its start again, and a shuffling
-    loader gives the same order then.
-
-    Raises:
-        DataError: there is no batch, or the first is not an `(inputs, targets)` pair.
-    """
-    with preserved_rng():
-        if isinstance(data, Iterator):
-            looked_at: Any = list(itertools.islice(data, 1))
-            data = itertools.chain(looked_at, data)
-        else:
-            looked_at = data
-        batch = next(batches_of(model, looked_at, _device(model)), None)
-    if batch is None:
-        raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
-    few = batch.part(0, EXAMPLE_SIZE).call
-    return few if len(batch) > EXAMPLE_SIZE and _runs(model, few) else batch.call, data
-
-
-def _runs(model: nn.Module, call: Call) -> bool:
-    """Whether a copy of the model takes these arguments."""
-    inputs = call.map(lambda tensor: tensor.clone())
-    with isolated(), torch.no_grad():
-        try:
-            structural_copy(model).eval()(*inputs.args, **inputs.kwargs)
-        except Exception as error:
-            raise_if_out_of_memory(error)
-            return False
-    return True
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _named(criteria: Iterable[str | Criterion]) -> dict[str, Criterion]:

@@ -759,6 +759,9 @@ def test_what_cannot_be_planned_is_said(cli: Cli, model: str, budget: str, messa
         ("--max-cache-bytes", "-1"),
         ("--by", "cost"),
         ("--schedule", "oneshot"),
+        ("--beam-width", "0"),
+        # Without --schedule beam.
+        ("--beam-width", "2"),
         ("--input-shape", "1,3,0,0"),
         ("--input-shape", "big"),
         ("--granularity", "stage"),
@@ -1111,6 +1114,13 @@ def test_prune_to_a_budget(cli: Cli, schedule: str) -> None:
     assert found["plan"]["budget"] == {"kind": "keep_params", "value": 0.5}
     assert found["plan"]["p"] is None
     assert found["ticket"]["params"] <= found["dense"]["params"] / 2
+
+
+def test_prune_by_a_beam(cli: Cli) -> None:
+    options = ("-p", 2, "-c", "l1", "--force")
+    found = _json(cli, "prune", RESNET20, *options, "--schedule", "beam", "--beam-width", 2)
+    # What blocks weigh does not depend on what else goes.
+    assert found["plan"] == _json(cli, "prune", RESNET20, *options)["plan"]
 
 
 def test_prune_to_a_latency(cli: Cli) -> None:

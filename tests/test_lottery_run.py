@@ -174,8 +174,9 @@ class TestByHand:
 
     def test_iterative_scores_again(self, tmp_path: Path) -> None:
         own = "tests.lottery_models:last_first"
-        record = run(spec(criteria=own, p=2, schedule=["one-shot", "iterative"]), tmp_path)
-        for schedule in ("one-shot", "iterative"):
+        schedules = ["one-shot", "iterative", "beam"]
+        record = run(spec(criteria=own, p=2, schedule=schedules, beam_width=2), tmp_path)
+        for schedule in schedules:
             found = network(record, kind="ticket", schedule=schedule)
             assert found.removed == ("blocks.1", "blocks.2")
         # Equal blocks are trained once.

@@ -15,6 +15,7 @@ from blockprune.plan import (
     Budget,
     CostGoal,
     PruningPlan,
+    Selection,
     budget_asked_for,
     make_plan,
     named_plan,
@@ -214,6 +215,20 @@ def test_a_block_that_was_passed_over_is_looked_at_again() -> None:
     scores = {"a": 0.0, "b": 2.0, "outer": 1.0, "c": 9.0}
     assert make_plan(analysis, scores, 2).remove == ("a", "b")
     assert make_plan(analysis, scores, 3).remove == ("a", "b", "outer")
+
+
+def test_a_selection_with_a_block_more_leaves_the_first_as_it_was() -> None:
+    first = Selection(NESTED, minimum=1)
+    one, _, outer = NESTED.blocks
+    second = first.after(one)
+    assert (first.in_order, second.in_order) == ((), ("inner.0",))
+    # One of three has to stay: with one gone, no two may go.
+    assert first.may_go(NESTED.blocks[1])
+    assert not second.may_go(outer)
+    third = second.after(NESTED.blocks[1])
+    assert not third.may_go(outer)
+    assert second.may_go(NESTED.blocks[1])
+    assert third.in_order == ("inner.0", "inner.1")
 
 
 def test_the_papers_policy() -> None:

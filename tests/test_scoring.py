@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from blockprune.batches import first_inputs
 from blockprune.blocks import find_blocks
 from blockprune.criteria import CRITERIA, Criterion, ScoringContext
 from blockprune.errors import BlockpruneError, CriterionError, DataError, TraceError
-from blockprune.scoring import NoDataWarning, ScoreTable, first_inputs, score_blocks
+from blockprune.scoring import NoDataWarning, ScoreTable, score_blocks
 from tests.criteria.nets import Net, pair
 
 DATA = pair()

@@ -11,11 +11,12 @@ from torch import nn
 
 from blockprune import plan as plans
 from blockprune.api.rounds import Rounds
+from blockprune.api.search import Search
+from blockprune.batches import Replay
 from blockprune.blocks import BlockAnalysis
 from blockprune.costs import Quantity, RemainingCosts
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
-from blockprune.criteria.batches import Replay
 from blockprune.errors import PlanError
 from blockprune.plan import (
     Budget,
@@ -31,7 +32,8 @@ from blockprune.scoring import ScoreTable, score_blocks
 
 __all__ = ["SCHEDULES", "Planner", "make_plan"]
 
-SCHEDULES: Final = ("one-shot", "iterative")
+SCHEDULES: Final = ("one-shot", "iterative", "beam")
+BEAM_WIDTH: Final = 3
 
 QUANTITIES: Final[dict[str, Quantity]] = {"keep_macs": "macs", "keep_params": "params"}
 
@@ -144,7 +146,8 @@ class Planner:
         data, loss_fn, seed, max_batches, max_cache_bytes: see `score_blocks`.
         by, protect, min_blocks_per_stage: see `make_plan`.
         schedule: "one-shot": all blocks are scored once. "iterative": after each removal, those
-            that are left are scored again.
+            that are left are scored again. "beam": the same from the best sets of each step.
+        beam_width: how many sets those are, for "beam"; None: 3.
     """
 
     model: nn.Module
@@ -159,12 +162,23 @@ class Planner:
     min_blocks_per_stage: int = 0
     max_batches: int | None = None
     max_cache_bytes: int | None = None
+    beam_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise PlanError(
                 f"schedule is {' or '.join(map(repr, SCHEDULES))}, not {self.schedule!r}."
             )
+        width = self.beam_width
+        if width is None:
+            return
+        if self.schedule != "beam":
+            raise PlanError(
+                f"beam_width={width!r} is for schedule='beam', and the schedule is "
+                f"{self.schedule!r}. Leave it out, or search by a beam."
+            )
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise PlanError(f"beam_width is a count of sets, 1 or more, not {width!r}.")
 
     def check(self, asked: int | float | Budget) -> None:
         """Refuse a budget that cannot be met before the scoring, which may take long.
@@ -189,12 +203,17 @@ class Planner:
         goal = self._goals.of(asked)
         if self.schedule == "one-shot":
             return self._plan_once(self._dense_scores, goal)
-        rounds = Rounds(self.analysis, self._dense_scores, self._score)
+        width = 1 if self.schedule == "iterative" else self.beam_width or BEAM_WIDTH
+        rounds = Rounds(self.analysis, self.criterion, self._score)
+        search = Search(self.analysis, rounds, goal, width, self.by, self._costs(goal))
         selection = Selection(self.analysis, self.protect, self.min_blocks_per_stage)
-        if rounds.choose(selection, goal, self.by, self._costs(goal)):
-            return rounds.as_plan(selection, goal)
+        found = search.best(selection, self._dense_scores)
+        table = found.table
+        if found.is_enough:
+            chosen = found.selection
+            return plans.as_plan(self.analysis, chosen, goal, table.criterion, table.scores)
         # Says what can be reached, unless another choice of what stays in a stage meets the goal.
-        return self._plan_once(rounds.table, goal)
+        return self._plan_once(table, goal)
 
     @cached_property
     def _goals(self) -> Goals:
@@ -207,12 +226,14 @@ class Planner:
 
     @cached_property
     def _dense_scores(self) -> ScoreTable:
-        return self._score(self.model, self.analysis)
+        return self._score(self.model, self.analysis, self.criterion)
 
-    def _score(self, model: nn.Module, analysis: BlockAnalysis) -> ScoreTable:
+    def _score(
+        self, model: nn.Module, analysis: BlockAnalysis, criterion: str | Criterion
+    ) -> ScoreTable:
         return score_blocks(
             model,
-            self.criterion,
+            criterion,
             self._data,
             self.loss_fn,
             self.analysis.traced.call,

@@ -9,16 +9,15 @@ from typing import Any
 from torch import nn
 
 from blockprune.api.planning import Planner
+from blockprune.batches import Replay, first_inputs
 from blockprune.blocks import BlockAnalysis, Reason, find_blocks
 from blockprune.criteria import Criterion
 from blockprune.criteria.base import LossFunction
-from blockprune.criteria.batches import Replay
 from blockprune.errors import InfeasibleBudgetError, RecoveryError
 from blockprune.inputs import infer_example_inputs
 from blockprune.plan import Budget, budget_asked_for
 from blockprune.recovery import check_method
 from blockprune.recovery import recover as recovered
-from blockprune.scoring import first_inputs
 from blockprune.surgery import cut_blocks, record_of
 from blockprune.tracing import LeafModules, TensorFact
 
@@ -35,6 +34,7 @@ def prune(
     max_latency_ms: float | None = None,
     by: str = "score",
     schedule: str = "one-shot",
+    beam_width: int | None = None,
     data: Any = None,
     example_inputs: Any = None,
     loss_fn: LossFunction | None = None,
@@ -67,7 +67,10 @@ def prune(
         schedule: "one-shot": all blocks are scored once, on the dense model. "iterative": the
             least important goes, those left are scored again on that ticket, with the same data and
             seed, and so on. The plan of the ticket has for each block the score it went with, for
-            each that stays the latest.
+            each that stays the latest. "beam": the same from the best `beam_width` sets of each
+            step in place of the best one; a set is as good as the scores that its blocks went with
+            add up to. It takes `beam_width` times as many scorings.
+        beam_width: for "beam"; None: 3. With 1 it is "iterative".
         data: one `(inputs, targets)` or an iterable of them, for criteria that look at data; None:
             random inputs and labels, with a warning that says so.
         example_inputs: what the forward takes (a Tensor, a tuple of arguments, a dict of keywords).
@@ -138,6 +141,7 @@ def prune(
         min_blocks_per_stage,
         max_batches,
         max_cache_bytes,
+        beam_width,
     )
     _refuse_if_hopeless(model, analysis, asked)
     planner.check(asked)

@@ -1,21 +1,24 @@
-"""Iterative selection: score, remove one block, score what is left.
+"""Scoring again once some blocks have gone.
 
-Every ticket is cut from the dense model, with all that has gone so far, and its blocks keep their
-dense names. It is thrown away after its round: the ticket to keep is cut once, from the dense model
-with the whole plan, so that it is the one that was proved.
+Most criteria score a ticket that is cut from the dense model, with all that has gone so far, and
+its blocks keep their dense names. It is thrown away after its round: the ticket to keep is cut
+once, from the dense model with the whole plan, so that it is the one that was proved.
+
+A criterion that repairs what has gone needs the dense model itself. It has a method `beside`, which
+is given the names that have gone and returns the criterion that scores the dense model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from blockprune.blocks import BlockAnalysis, find_blocks
-from blockprune.plan import Goal, PruningPlan, Remaining, Selection, as_plan, ranked
+from blockprune.criteria import Criterion, criterion_of
 from blockprune.profiling import trial_ticket
 from blockprune.scoring import NoDataWarning, ScoreTable
 
@@ -23,52 +26,46 @@ __all__ = ["Rounds"]
 
 
 class Rounds:
-    """The rounds of one iterative selection.
+    """Scores of one model after removals.
 
     Args:
         analysis: of the dense model.
-        first: the scores of all its blocks.
-        score: what scores a ticket, given its analysis.
-
-    Attributes:
-        table: for each block the score that it went with, or its latest one. A block that has none
-            in a ticket, since there it is no longer removable, keeps the one from before.
+        criterion: a name, or a callable of the protocol.
+        score: scores a model, given its analysis and a criterion.
     """
 
     def __init__(
         self,
         analysis: BlockAnalysis,
-        first: ScoreTable,
-        score: Callable[[nn.Module, BlockAnalysis], ScoreTable],
+        criterion: str | Criterion,
+        score: Callable[[nn.Module, BlockAnalysis, str | Criterion], ScoreTable],
     ) -> None:
-        self.table = first
         self._analysis = analysis
+        self._criterion = criterion
         self._score = score
 
-    def choose(
-        self, selection: Selection, goal: Goal, by: str, costs: Remaining | None = None
-    ) -> bool:
-        """Take the block that may go and comes first, and score again, until the goal is met.
+    def after(self, gone: Collection[str], before: ScoreTable) -> ScoreTable:
+        """Return for each block the score that it went with, or its latest one.
 
-        Returns:
-            Whether it is met; if not, no further block may go.
+        A block that has none in a ticket, since there it is no longer removable, keeps the one from
+        before.
+
+        Args:
+            gone: names of the blocks that have gone.
+            before: the scores of the round before.
         """
-        while not goal.is_met(selection.gone):
-            room = goal.room(selection.gone)
-            order = ranked(self._analysis.blocks, self.table.scores, by, costs, gone=selection.gone)
-            block = next((block for block in order if selection.may_go(block, room)), None)
-            if block is None:
-                return goal.is_met(selection.gone, is_last=True)
-            selection.take(block)
-            if not goal.is_met(selection.gone):
-                self._score_again(selection.gone)
-        return True
+        with warnings.catch_warnings():
+            # Said of the first scores.
+            warnings.simplefilter("ignore", NoDataWarning)
+            latest = self._latest(gone).scores
+        kept = {name: latest.get(name, old) for name, old in before.scores.items()}
+        went = {name: before.scores[name] for name in gone}
+        return dataclasses.replace(before, scores=kept | went)
 
-    def as_plan(self, selection: Selection, goal: Goal) -> PruningPlan:
-        """Return what was chosen as a plan for the dense model."""
-        return as_plan(self._analysis, selection, goal, self.table.criterion, self.table.scores)
-
-    def _score_again(self, gone: frozenset[str]) -> None:
+    def _latest(self, gone: Collection[str]) -> ScoreTable:
+        beside = getattr(criterion_of(self._criterion)[1], "beside", None)
+        if beside is not None:
+            return self._score(self._analysis.traced.root, self._analysis, beside(gone))
         ticket = trial_ticket(self._analysis, gone)
         analysis = find_blocks(
             ticket,
@@ -77,13 +74,7 @@ class Rounds:
             preserve_root=self._analysis.preserve_root,
             leaf_modules=_left_in(ticket, self._analysis.leaf_modules),
         )
-        with warnings.catch_warnings():
-            # Said of the first scores.
-            warnings.simplefilter("ignore", NoDataWarning)
-            latest = self._score(ticket, analysis).scores
-        kept = {name: latest.get(name, old) for name, old in self.table.scores.items()}
-        went = {name: self.table.scores[name] for name in gone}
-        self.table = dataclasses.replace(self.table, scores=kept | went)
+        return self._score(ticket, analysis, self._criterion)
 
 
 def _left_in(ticket: nn.Module, leaf_modules: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from blockprune.cli.options import (
     LARGEST_BATCH,
     parse_asked,
     parse_batches,
+    parse_beam_width,
     parse_shape,
     parse_training,
 )
@@ -49,6 +50,7 @@ class Schedule(StrEnum):
 
     one_shot = "one-shot"
     iterative = "iterative"
+    beam = "beam"
 
 
 class Data(StrEnum):
@@ -239,7 +241,12 @@ By = Annotated[
     Ranking, typer.Option(help="What the blocks that go are lowest in; costs are those budgeted.")
 ]
 ScheduleOption = Annotated[
-    Schedule, typer.Option(help="Score once, or again after each block that goes.")
+    Schedule,
+    typer.Option(help="Score once, or again after each block that goes; beam: from several sets."),
+]
+BeamWidth = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Sets that a beam goes on from; default 3."),
 ]
 MaxCache = Annotated[
     int | None,
@@ -336,6 +343,7 @@ def prune(
     max_latency_ms: MaxLatency = None,
     by: By = Ranking.score,
     schedule: ScheduleOption = Schedule.one_shot,
+    beam_width: BeamWidth = None,
     criterion: Criterion = "grasp",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The ticket file.")] = Path(
         "ticket.safetensors"
@@ -384,6 +392,7 @@ def prune(
         min_blocks_per_stage=min_blocks_per_stage,
         by=by.value,
         schedule=schedule.value,
+        beam_width=parse_beam_width(schedule.value, beam_width),
         max_cache_bytes=max_cache_bytes,
         seed=seed,
         preserve_root=preserve_root,
@@ -478,6 +487,7 @@ def bench(
     max_latency_ms: MaxLatency = None,
     by: By = Ranking.score,
     schedule: ScheduleOption = Schedule.one_shot,
+    beam_width: BeamWidth = None,
     batch: Annotated[
         str,
         typer.Option(
@@ -582,6 +592,7 @@ def bench(
         min_blocks_per_stage=min_blocks_per_stage,
         by=by.value,
         schedule=schedule.value,
+        beam_width=parse_beam_width(schedule.value, beam_width),
         max_cache_bytes=max_cache_bytes,
         seed=seed,
         preserve_root=preserve_root,

@@ -91,6 +91,6 @@ def _describe(criterion: Criterion) -> str:
     settings = [
         f"{f.name} {getattr(criterion, f.name)}"
         for f in dataclasses.fields(criterion)
-        if f.name != "needs"
+        if f.name != "needs" and getattr(criterion, f.name) != ()
     ]
     return f"{text} ({', '.join(settings)})" if settings else text

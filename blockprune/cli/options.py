@@ -16,6 +16,7 @@ __all__ = [
     "TrainingOptions",
     "parse_asked",
     "parse_batches",
+    "parse_beam_width",
     "parse_budget",
     "parse_budgets",
     "parse_shape",
@@ -105,6 +106,13 @@ def _limit(option: str, text: str) -> int | float | Budget:
         return budget_asked_for(**{kind: number})
     except PlanError as error:
         raise typer.BadParameter(f"{option} {text!r} is not valid: {error}") from error
+
+
+def parse_beam_width(schedule: str, width: int | None) -> int | None:
+    """Return ``--beam-width``; refuse one without a beam."""
+    if width is not None and schedule != "beam":
+        raise typer.BadParameter("--beam-width says how wide a beam is: add --schedule beam.")
+    return width
 
 
 def parse_batches(text: str) -> tuple[int | None, ...]:

@@ -32,6 +32,7 @@ class Recipe:
     min_blocks_per_stage: int
     by: str
     schedule: str
+    beam_width: int | None
     max_cache_bytes: int | None
     seed: int
     preserve_root: bool
@@ -77,6 +78,7 @@ class Workbench:
             protect=recipe.protect,
             min_blocks_per_stage=recipe.min_blocks_per_stage,
             max_cache_bytes=recipe.max_cache_bytes,
+            beam_width=recipe.beam_width,
         )
         for budget in budgets:
             planner.check(budget)

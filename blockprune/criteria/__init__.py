@@ -5,6 +5,7 @@ A new criterion is one callable in a file of its family and one row here.
 
 from __future__ import annotations
 
+from blockprune.batches import Batch
 from blockprune.criteria.activation import (
     AngularDistance,
     BlockInfluence,
@@ -13,19 +14,19 @@ from blockprune.criteria.activation import (
     Pls,
 )
 from blockprune.criteria.base import Criterion, NoDataWarning, ScoringContext
-from blockprune.criteria.batches import Batch
 from blockprune.criteria.combined import Consensus
 from blockprune.criteria.control import Random
 from blockprune.criteria.derivatives import ZeroScoresWarning
 from blockprune.criteria.fisher import Fisher
 from blockprune.criteria.gradient import GradNorm, Grasp, Snip, Taylor
-from blockprune.criteria.losses import main_output
 from blockprune.criteria.meters import evaluate
 from blockprune.criteria.output import Cka, Kl, LossIncrease
+from blockprune.criteria.recovered import RecoveredLoss
 from blockprune.criteria.synflow import SynFlow
 from blockprune.criteria.weights import L1, L2
 from blockprune.criteria.zero_cost import JacobCov, Naswot
 from blockprune.errors import CriterionError, close_names
+from blockprune.losses import main_output
 
 __all__ = [
     "CRITERIA",
@@ -49,6 +50,7 @@ __all__ = [
     "NoDataWarning",
     "Pls",
     "Random",
+    "RecoveredLoss",
     "ScoringContext",
     "Snip",
     "SynFlow",
@@ -87,6 +89,8 @@ CRITERIA: dict[str, Criterion] = {
     "kl": Kl(),
     "cka": Cka(),
     "loss_increase": LossIncrease(),
+    # The same after a refit of what is left.
+    "recovered_loss": RecoveredLoss(),
     # From the ranks under others.
     "consensus": Consensus(),
 }

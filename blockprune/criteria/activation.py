@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from blockprune.batches import Batch
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import ScoringContext
-from blockprune.criteria.batches import Batch
 from blockprune.criteria.layer_outputs import sample_axis
 from blockprune.criteria.meters import ActivationCriterion, ActivationMeter, feature_axis, rows
 from blockprune.errors import CriterionError, DataError

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from blockprune.batches import Batch, Replay, batches_of
 from blockprune.blocks import BlockAnalysis, ResidualBlock
-from blockprune.criteria.batches import Batch, Replay, batches_of
-from blockprune.criteria.losses import LossFunction, cross_entropy, divided, main_output, own_loss
 from blockprune.criteria.passes import Passes
 from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
+from blockprune.losses import LossFunction, cross_entropy, divided, main_output, own_loss
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.tracing import Call, aliased_copy, copy_model, tensors_in
 
@@ -147,15 +147,24 @@ class ScoringContext:
             self._batches = _kept([self._random_batch()])
         return iter(self._batches)
 
-    @cached_property
-    def passes(self) -> Passes:
-        """Forward passes that see the blocks, or leave one out; for criteria of that kind."""
+    @property
+    def analysis(self) -> BlockAnalysis:
+        """That the blocks are of, for criteria that need to know where they are.
+
+        Raises:
+            CriterionError: the context was made without it.
+        """
         if self._analysis is None:
             raise CriterionError(
                 "This criterion looks into the blocks while the model runs, so its context needs "
                 "the analysis they are of: ScoringContext(..., analysis=find_blocks(...))."
             )
-        return Passes(self.model, self._analysis, self.blocks)
+        return self._analysis
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Forward passes that see the blocks, or leave one out; for criteria of that kind."""
+        return Passes(self.model, self.analysis, self.blocks)
 
     def all_batches(self) -> list[Batch]:
         """Return every batch that holds samples, where there is one.
@@ -179,8 +188,10 @@ class ScoringContext:
             raise DataError("The first batch holds no sample.")
         return batch
 
-    def outputs(self, batch: Batch) -> Any:
+    def outputs(self, batch: Batch, model: nn.Module | None = None) -> Any:
         """Return what the model returns for a batch; equal calls draw equal random numbers.
+
+        `model`: another one to run in its place.
 
         Raises:
             DataError: the model refuses the batch; its error is quoted.
@@ -188,7 +199,7 @@ class ScoringContext:
         # A forward may write into its input, and a batch is read more than once.
         call = batch.call.map(lambda tensor: tensor.clone())
         with self.running(batch):
-            return self.model(*call.args, **call.kwargs)
+            return (self.model if model is None else model)(*call.args, **call.kwargs)
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from blockprune.batches import Batch
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import Criterion, ScoringContext
-from blockprune.criteria.batches import Batch
-from blockprune.criteria.losses import class_axis, main_output
+from blockprune.losses import class_axis, main_output
 from blockprune.tracing import tensors_in
 
 __all__ = [

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockprune.batches import Batch
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import ScoringContext
-from blockprune.criteria.batches import Batch
-from blockprune.criteria.losses import class_axis, main_output
 from blockprune.criteria.meters import OutputCriterion, OutputMeter, Result, rows
 from blockprune.errors import CriterionError
+from blockprune.losses import class_axis, main_output
 from blockprune.similarity import linear_cka
 
 __all__ = ["Cka", "Kl", "LossIncrease"]

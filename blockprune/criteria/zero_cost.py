@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from blockprune.batches import Batch
 from blockprune.blocks import ResidualBlock
 from blockprune.criteria.base import ScoringContext
-from blockprune.criteria.batches import Batch
 from blockprune.criteria.layer_outputs import sample_axis
-from blockprune.criteria.losses import main_output
 from blockprune.criteria.nonlinear import NONLINEAR_NAMES
 from blockprune.errors import CriterionError, DataError
+from blockprune.losses import main_output
 
 __all__ = ["JacobCov", "Naswot"]
 

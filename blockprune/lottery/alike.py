@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blockprune.batches import Batch, batches_of
 from blockprune.blocks import BlockAnalysis, Flow, find_blocks
-from blockprune.criteria.batches import Batch, batches_of
 from blockprune.criteria.nonlinear import is_nonlinear
 from blockprune.errors import BlockNotFoundError, DataError, MeasurementError, close_names
 from blockprune.similarity import FEWEST_SAMPLES, MinibatchCKA

@@ -105,7 +105,7 @@ class Unfolding:
             return self._draw_of(case, seed)
         words = f"seed {seed}: choose by {case.criterion}, p={case.p}"
         words += "" if case.scored_at is None else f", scored at {case.scored_at}"
-        return words + (", iterative" if case.schedule == "iterative" else "")
+        return words + ("" if case.schedule == "one-shot" else f", {case.schedule}")
 
     # --- nodes ------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class Unfolding:
         score = self.scoring(str(case.criterion), moment, seed)
         dense = () if moment == START else (self.training(DENSE, seed),)
         scored = Node(score, dense, partial(self._score, str(case.criterion), moment, seed))
-        if case.schedule == "iterative":
+        if case.schedule != "one-shot":
             return [scored, Node(name, dense, partial(self._iterate, case, moment, seed))]
         return [scored, Node(name, (score,), partial(self._choose, case, score, seed))]
 
@@ -233,7 +233,9 @@ class Unfolding:
 
     def _iterate(self, case: TicketCase, moment: Step, seed: int, outputs: Outputs) -> Stage:
         scored = self._scored(str(case.criterion), moment, seed, outputs)
-        inputs = {**scored, "p": case.p, "schedule": "iterative", **self._rules()}
+        inputs = {**scored, "p": case.p, "schedule": case.schedule, **self._rules()}
+        if case.schedule == "beam":
+            inputs["beam_width"] = self.spec.beam_width
         return Stage("iterative", inputs)
 
     def _choose_filters(self, case: TicketCase, seed: int, outputs: Outputs) -> Stage:

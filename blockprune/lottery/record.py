@@ -71,7 +71,7 @@ class TicketCase(_Value):
         scored_at: the moment of dense training whose weights were scored; None where none were.
         weights: what the ticket's weights and schedule start from; None for the dense network.
         rewound_to: the moment that the policy goes back to; None where it does not.
-        schedule: "one-shot" or "iterative".
+        schedule: "one-shot", "iterative", or of blocks "beam".
         early_bird: whether the ticket was drawn, and its weights are from, when masks had settled:
             at an epoch that each seed has of its own, so that `scored_at` is None.
         structure: what is removed.
@@ -87,7 +87,7 @@ class TicketCase(_Value):
     scored_at: Step | None = None
     weights: Weights | None = None
     rewound_to: Step | None = None
-    schedule: Literal["one-shot", "iterative"] = "one-shot"
+    schedule: Literal["one-shot", "iterative", "beam"] = "one-shot"
     early_bird: bool = False
     structure: Structure = "blocks"
     matched: Matched | None = None

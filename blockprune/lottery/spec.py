@@ -56,6 +56,7 @@ MOST_SEEDS = 10_000
 MOST_LEVELS = 1_000
 
 Schedule = Literal["one-shot", "iterative"]
+BlockSchedule = Literal["one-shot", "iterative", "beam"]
 Scope = Literal["global", "layers"]
 
 
@@ -284,10 +285,12 @@ class Spec(_Table):
         '"learning-rate" (final weights, schedule of rewound_to), "reinit" (new weights, whole '
         'schedule), "finetune" (final weights, a small constant rate).',
     )
-    schedule: Annotated[tuple[Schedule, ...], BeforeValidator(_several)] = Field(
+    schedule: Annotated[tuple[BlockSchedule, ...], BeforeValidator(_several)] = Field(
         default=("one-shot",),
-        description='"one-shot": blocks are scored once; "iterative": after each that goes.',
+        description='"one-shot": blocks are scored once; "iterative": after each that goes; '
+        '"beam": the same from the best beam_width sets of each step.',
     )
+    beam_width: Count = Field(default=3, description='How many sets a "beam" goes on from.')
     carry_optimizer: bool = Field(
         default=False,
         description="Keep the momentum, and the averages, of what survives; otherwise they start "
@@ -462,9 +465,11 @@ class Spec(_Table):
             raise ValueError(
                 'weights cannot be matched by filters: matched_by "params" or "macs" would do'
             )
-        if others and "iterative" in self.schedule:
+        steps = [schedule for schedule in self.schedule if schedule != "one-shot"]
+        if others and steps:
             raise ValueError(
-                'schedule "iterative" is for blocks alone; weights are pruned in rounds by [levels]'
+                f'schedule "{steps[0]}" is for blocks alone; weights are pruned in rounds by '
+                "[levels]"
             )
         if "partial-reinit" in self.weights:
             raise ValueError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from blockprune.plan.goals import CostGoal, CountGoal, Goal, Remaining
 from blockprune.plan.making import as_plan, make_plan, named_plan
-from blockprune.plan.ranking import RANKINGS, checked_scores, ranked
+from blockprune.plan.ranking import RANKINGS, checked_scores, per_cost, ranked
 from blockprune.plan.selection import Selection
 from blockprune.plan.values import PLAN_VERSION, Budget, PruningPlan, budget_asked_for
 
@@ -33,5 +33,6 @@ __all__ = [
     "checked_scores",
     "make_plan",
     "named_plan",
+    "per_cost",
     "ranked",
 ]

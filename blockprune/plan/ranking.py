@@ -11,7 +11,7 @@ from blockprune.errors import PlanError, StalePlanError, close_names
 from blockprune.plan.goals import Remaining
 from blockprune.plan.structure import Analysis, Block, Scores
 
-__all__ = ["RANKINGS", "checked_scores", "ranked"]
+__all__ = ["RANKINGS", "checked_scores", "per_cost", "ranked"]
 
 RANKINGS: Final = ("score", "score_per_cost")
 

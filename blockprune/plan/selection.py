@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -87,6 +88,13 @@ class Selection:
         group = self._group(block)
         self._gone |= group
         self._left.subtract(self._stage_of[name] for name in group)
+
+    def after(self, block: Block) -> Selection:
+        """Return a selection with one block more, that may go."""
+        following = copy.copy(self)
+        following._gone, following._left = self._gone.copy(), self._left.copy()
+        following.take(block)
+        return following
 
     def take_all(self, ranked: Sequence[Block]) -> None:
         """Choose every block that may go, the first first."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.criteria.losses import class_axis, cross_entropy, main_output, own_loss
 from blockprune.errors import MeasurementError
+from blockprune.losses import class_axis, cross_entropy, main_output, own_loss
 from blockprune.profiling.arguments import Arguments, device_of
 from blockprune.profiling.execution import Execution, first_line
 from blockprune.tracing import copy_model

@@ -1,8 +1,17 @@
-"""Recovery: a network that has lost blocks works again, without training."""
+"""Recovery: a network that has lost blocks works again."""
 
 from __future__ import annotations
 
 from blockprune.recovery.distillation import Distillation, Progress
+from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
 
-__all__ = ["METHODS", "Distillation", "Progress", "check_method", "recover", "recovery_of"]
+__all__ = [
+    "METHODS",
+    "Distillation",
+    "Progress",
+    "check_method",
+    "recalibrate_norms",
+    "recover",
+    "recovery_of",
+]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockprune.criteria.batches import Batch, Replay, batches_of
+from blockprune.batches import Batch, Replay, batches_of, device_of
 from blockprune.errors import DataError, RecoveryError
 from blockprune.randomness import preserved_rng
 from blockprune.tracing import Call
@@ -42,7 +42,7 @@ class Batches:
     def __init__(self, model: nn.Module, data: Any, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"max_batches is at least 1, not {limit}.")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         self._limit, self.samples = limit, 0
         if isinstance(data, Iterator):
             kept: Iterable[Batch] = Replay(itertools.islice(batches_of(model, data, device), limit))

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blockprune.criteria.losses import LossFunction
 from blockprune.errors import RecoveryError, TrainingDivergedError
+from blockprune.losses import LossFunction
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.recovery.adapters import add_adapters, layers_in, merge_adapters
 from blockprune.recovery.checkpoint import Checkpoint, key_of

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.blocks import BlockAnalysis, by_flow
+from blockprune.blocks import BlockAnalysis, Cut, by_flow
 from blockprune.errors import RecoveryError
-from blockprune.recovery.folding import tensors_of
+from blockprune.recovery.folding import tensors_of, write_into
 from blockprune.recovery.gaps import Gap, Location, gaps_of
 from blockprune.recovery.passes import Inspected
-from blockprune.surgery import TicketRecord, cuts_of, ticket_graph, translated
+from blockprune.surgery import ticket_graph
 from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
 
 __all__ = ["Networks", "gaps_in", "merges_in", "networks_of"]
@@ -39,32 +39,31 @@ class Networks:
 
 def networks_of(
     dense_model: nn.Module,
-    ticket: nn.Module,
-    record: TicketRecord,
     analysis: BlockAnalysis,
+    cuts: Sequence[Cut],
+    weights: Mapping[str, Tensor] | None = None,
     *,
     everywhere: bool = False,
 ) -> Networks:
-    """Return the two networks of a ticket; neither it nor the dense model is changed.
+    """Return the dense network and that of a ticket.
 
     Args:
-        dense_model: what the ticket was cut from.
-        ticket: see `recover`.
-        record: of the ticket.
-        analysis: of the dense model.
+        dense_model: is left as it is.
+        analysis: of it.
+        cuts: what was removed from it.
+        weights: of the ticket, by their names in the dense model; None: those of the dense model.
         everywhere: also look into regions that nothing was removed from.
 
     Raises:
-        RecoveryError: the weights of the ticket are not those of such a model.
+        RecoveryError: the weights are not of this dense model.
     """
-    chosen = cuts_of(analysis, record.plan.remove, record.plan.granularity)
-    flows = by_flow(chosen)
+    flows = by_flow(cuts)
     if everywhere:
         flows = {flow: flows.get(flow, []) for flow in by_flow(analysis.cuts.branches.values())}
     dense = aliased_copy(dense_model).eval().requires_grad_(False)
     # Without the user's hooks, and with weights of its own.
     cut = copy_model(structural_copy(dense_model)).eval().requires_grad_(False)
-    _load(cut, ticket, record)
+    _load(cut, weights or {})
     return Networks(
         Inspected(dense, {flow.region.path: flow.region.graph for flow in flows}),
         Inspected(
@@ -74,11 +73,11 @@ def networks_of(
                 for flow, group in flows.items()
             },
         ),
-        tuple(gaps_of(analysis.cuts, chosen)),
+        tuple(gaps_of(analysis.cuts, cuts)),
         tuple(
             Location(one.flow.region.path, one.branch.merge.name)
             for one in analysis.cuts.branches.values()
-            if one.flow in flows and one not in chosen
+            if one.flow in flows and one not in cuts
         ),
     )
 
@@ -145,19 +144,17 @@ def _only(values: dict[Location, list[Any]], place: Location) -> Tensor:
     return value
 
 
-def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
-    """Copy the tensors of a ticket into a copy of the dense model.
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a copy of the dense model.
 
     Raises:
         RecoveryError: they do not fit.
     """
-    state = tensors_of(model)
-    with torch.no_grad():
-        for name, tensor in tensors_of(ticket).items():
-            own = state.get(translated(name, record.renamed))
-            if own is None or own.shape != tensor.shape:
-                raise RecoveryError(
-                    f"{name!r} of the ticket is no tensor of the dense model, or has another "
-                    "shape: it was cut from another model."
-                )
-            own.copy_(tensor)
+    own = tensors_of(model)
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise RecoveryError(
+                f"{name!r} of the ticket is no tensor of the dense model, or has another shape: it "
+                "was cut from another model."
+            )
+    write_into(own, weights)

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
-from blockprune.criteria.batches import Batch
-from blockprune.criteria.losses import LossFunction, class_axis, cross_entropy, main_output
+from blockprune.batches import Batch
+from blockprune.losses import LossFunction, class_axis, cross_entropy, main_output
 from blockprune.recovery.data import Masks, weights_of
 from blockprune.recovery.distillation import Distillation
 from blockprune.recovery.gaps import Location

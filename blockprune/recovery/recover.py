@@ -10,24 +10,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from blockprune.batches import first_inputs
 from blockprune.blocks import BlockAnalysis, find_blocks
-from blockprune.criteria.losses import LossFunction
 from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
+from blockprune.losses import LossFunction
 from blockprune.recovery.data import Batches, MaskFunction, Masks
 from blockprune.recovery.distill import Run, distilled
 from blockprune.recovery.distillation import Distillation, OnProgress
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
 from blockprune.recovery.networks import networks_of
+from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.work import Work
-from blockprune.scoring import first_inputs
-from blockprune.sparsity import recalibrate_norms
 from blockprune.surgery import (
     GapRecord,
     RecoveryRecord,
     TicketRecord,
     attach,
+    cuts_of,
     record_of,
     translated,
 )
@@ -146,7 +147,13 @@ def recover(
         else:
             analysis = _analysed(dense_model, record, example)
             is_trained = method == "distill"
-            networks = networks_of(dense_model, ticket, record, analysis, everywhere=is_trained)
+            networks = networks_of(
+                dense_model,
+                analysis,
+                cuts_of(analysis, record.plan.remove, record.plan.granularity),
+                _by_dense_names(ticket, record),
+                everywhere=is_trained,
+            )
             if is_trained:
                 gaps = distilled(
                     networks,
@@ -159,7 +166,7 @@ def recover(
                 )
             else:
                 work = Work(networks, batches, masks)
-                gaps = work.recovered(example, FAMILIES[method], ridge, on_progress)
+                gaps = work.all_recovered(example, FAMILIES[method], ridge, on_progress)
             _fill(result, networks.cut, record, example)
     recovery = RecoveryRecord(
         method=method, samples=batches.samples, gaps=gaps, before=record.recovery
@@ -231,9 +238,8 @@ def _fill(ticket: nn.Module, cut: Inspected, record: TicketRecord, example: Call
     Raises:
         VerificationError: it does not; it is as it was.
     """
-    own, found = tensors_of(ticket), tensors_of(cut.model)
-    wanted = {name: found[translated(name, record.renamed)] for name in own}
-    changed = {name: new for name, new in wanted.items() if not torch.equal(new, own[name])}
+    own, found = _by_dense_names(ticket, record), tensors_of(cut.model)
+    changed = {name: found[name] for name in own if not torch.equal(found[name], own[name])}
     before = {name: own[name].detach().clone() for name in changed}
     write_into(own, changed)
     outputs = _outputs(cut.model, example), _outputs(structural_copy(ticket), example)
@@ -245,6 +251,11 @@ def _fill(ticket: nn.Module, cut: Inspected, record: TicketRecord, example: Call
                 "with the new weights the ticket does not compute what the cut model does; its "
                 "weights are as they were."
             )
+
+
+def _by_dense_names(ticket: nn.Module, record: TicketRecord) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a ticket, by the names that the dense model has."""
+    return {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:

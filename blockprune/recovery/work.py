@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from blockprune.errors import RecoveryError, VerificationError
-from blockprune.recovery.data import Batches, Masks, weights_of
+from blockprune.errors import VerificationError
+from blockprune.recovery.data import Batches, Masks
 from blockprune.recovery.distillation import OnProgress, Progress
 from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap
-from blockprune.recovery.gram import Gram, with_ones
+from blockprune.recovery.gram import with_ones
 from blockprune.recovery.networks import Networks, gaps_in
 from blockprune.recovery.operations import LinearCall
 from blockprune.recovery.reach import Reach, run_to, watched, which_reach
+from blockprune.recovery.sums import Seen, Sums
 from blockprune.recovery.tail import Tail
 from blockprune.surgery import GapRecord
 from blockprune.tracing import Call
 
 __all__ = ["Work"]
-
-
-@dataclasses.dataclass
-class _Sums:
-    """What was seen of one gap: of each operation, and of the gap itself.
-
-    Attributes:
-        grams: by the name of a weight.
-        error, size: squares of what is missing in the stream, and of what it should be.
-    """
-
-    grams: dict[str, Gram]
-    error: float = 0.0
-    size: float = 0.0
 
 
 class Work:
@@ -52,7 +38,7 @@ class Work:
         self.networks, self.dense, self.cut = networks, networks.dense, networks.cut
         self._uses: Mapping[str, int] = {}
 
-    def recovered(
+    def all_recovered(
         self, call: Call, family: Fit, ridge: float | None, on_progress: OnProgress | None = None
     ) -> tuple[GapRecord, ...]:
         """Fit one gap after the other, in order of execution, and return how each went.
@@ -61,21 +47,46 @@ class Work:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
-        self._uses = watched(self.cut, call).uses
-        gaps = [gap for gap, _ in gaps_in(self.networks, call)]
-        found = []
+        gaps, found = self.gaps(call), []
         for done, gap in enumerate(gaps, 1):
-            found.append(self._recovered(gap, call, family, ridge))
+            found.append(self.recovered(gap, call, family, ridge))
             if on_progress is not None:
                 on_progress(Progress(done=done, total=len(gaps)))
         return tuple(found)
 
-    def _recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
-        """Fit one gap, write what was found into the cut model, and return how it went."""
-        reaches = which_reach(self.cut, call, gap.stream, self._uses)
-        sums, held_out = self._sums(reaches), self._sums(reaches)
+    def gaps(self, call: Call) -> list[Gap]:
+        """Return the gaps, those that are one on an example made one, in order of execution."""
+        self._uses = watched(self.cut, call).uses
+        return [gap for gap, _ in gaps_in(self.networks, call)]
+
+    def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
+        """Fit one gap, write what was found into the cut model, and return how it went.
+
+        Raises:
+            RecoveryError: too few samples, or activations that are not finite.
+            VerificationError: the weights do not compute what was fitted.
+        """
+        reaches = self.reaches(gap, call)
+        sums, held_out = (Sums.zeros(self.cut.model, reaches) for _ in range(2))
         for batch, is_held_out in self.batches:
-            self._add(held_out if is_held_out else sums, gap, reaches, batch)
+            (held_out if is_held_out else sums).add(gap, reaches, self._seen(gap, reaches, batch))
+        return self.fitted(gap, call, reaches, sums, held_out, family, ridge)
+
+    def reaches(self, gap: Gap, call: Call) -> list[Reach]:
+        """Return the operations that a gap can be fitted with, by an example."""
+        return which_reach(self.cut, call, gap.stream, self._uses)
+
+    def fitted(
+        self,
+        gap: Gap,
+        call: Call,
+        reaches: Sequence[Reach],
+        sums: Sums,
+        held_out: Sums,
+        family: Fit,
+        ridge: float | None,
+    ) -> GapRecord:
+        """Fit one gap to sums over two parts of the data; otherwise like `recovered`."""
         error, size = sums.error + held_out.error, sums.size + held_out.size
         left, chosen = error, None
         for reach in reaches:
@@ -100,41 +111,12 @@ class Work:
             ridge=chosen,
         )
 
-    def _sums(self, reaches: list[Reach]) -> _Sums:
-        grams = {}
-        for reach in reaches:
-            start = start_of(self.cut.model, reach.operation)
-            groups, columns, outputs = start.shape
-            grams[reach.operation.weight] = Gram.zeros(groups, columns - 1, outputs, start.device)
-        return _Sums(grams)
-
-    def _add(self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call) -> None:
+    def _seen(self, gap: Gap, reaches: Sequence[Reach], call: Call) -> Seen:
         with torch.no_grad():
-            wanted = self.dense.value(call, gap.target)
+            target = self.dense.value(call, gap.target)
         leaves = frozenset(reach.operation.weight for reach in reaches)
         stream, calls, _ = run_to(self.cut, call, gap.stream, leaves)
-        wanted = wanted.to(stream.device)
-        missing = wanted - stream.detach()
-        if not bool(missing.isfinite().all()):
-            raise RecoveryError(
-                f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
-                "data. Leave out the samples that cause it, or use a wider precision."
-            )
-        is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
-        weights = weights_of(wanted, self.masks.of(call), is_sequence=is_sequence)
-        sums.error += float((weights.double() * missing.double() ** 2).sum())
-        sums.size += float((weights.double() * wanted.double() ** 2).sum())
-        for reach in reaches:
-            operation = calls[reach.operation.weight]
-            leaf = operation.returned
-            assert leaf is not None
-            tail = Tail(stream, leaf)
-            counts = tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach()
-            change = tail.backward(weights * missing).detach()
-            goal = leaf.detach() + torch.where(counts > 0, change / counts, 0)
-            rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
-            shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-            sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
+        return Seen(stream, target, calls, self.masks.of(call))
 
     def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
         """Put a fit into the cut model, and prove that the stream is what was fitted."""

@@ -68,7 +68,7 @@ def _shares(networks: Iterable[NetworkRecord]) -> dict[str, dict[str, float]]:
     for (p, schedule), group in groupby(ordered, key=lambda n: (n.case.p, n.case.schedule)):
         found = [network.removed for network in group]
         names = {name for removed in found for name in removed}
-        label = f"p={p}" if schedule == "one-shot" else f"p={p} it."
+        label = f"p={p}" + {"one-shot": "", "iterative": " it."}.get(schedule, f" {schedule}")
         shares[label] = {
             name: sum(name in removed for removed in found) / len(found) for name in names
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockprune.recovery import recalibrate_norms
 from blockprune.sparsity.analyses import (
     LayerRow,
     Overlap,
@@ -20,7 +21,6 @@ from blockprune.sparsity.connectivity import (
     Connectivity,
     connectivity,
     interpolated,
-    recalibrate_norms,
 )
 from blockprune.sparsity.holding import held, with_prune, without_prune
 from blockprune.sparsity.importances import IMPORTANCES, NEEDS_DATA, importance_of

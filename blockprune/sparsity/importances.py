@@ -8,13 +8,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from blockprune.batches import Replay, batches_of, first_inputs
 from blockprune.criteria import ScoringContext
-from blockprune.criteria.batches import Replay, batches_of
-from blockprune.criteria.losses import LossFunction
 from blockprune.errors import CriterionError, DataError, close_names, raise_if_out_of_memory
 from blockprune.inputs import infer_example_inputs
+from blockprune.losses import LossFunction
 from blockprune.randomness import seed_rng
-from blockprune.scoring import first_inputs
 from blockprune.sparsity.layerwise import (
     LayerImportance,
     l1,

@@ -82,7 +82,7 @@ def plan(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
 
 
 def iterative(bench: Bench, inputs: Mapping[str, Any], folder: Path) -> Made:
-    """Choose a block, score what is left, and so on; prove the cut."""
+    """Choose a block, score what is left, and so on, from one set or several; prove the cut."""
     del folder
     planner = _planner(bench, inputs)
     plan = planner.plan(inputs["p"])
@@ -218,6 +218,7 @@ def _planner(bench: Bench, inputs: Mapping[str, Any]) -> Planner:
         schedule=inputs.get("schedule", "one-shot"),
         protect=tuple(inputs.get("protect", ())),
         min_blocks_per_stage=inputs.get("min_blocks_per_stage", 0),
+        beam_width=inputs.get("beam_width"),
     )
 
 

@@ -1,18 +1,23 @@
-"""Batches: what the criteria read, and how a user's data become them."""
+"""Batches: what scoring and recovery read, and how a user's data become them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockprune.errors import DataError, TraceError
-from blockprune.tracing import Call, as_call, map_tensors, tensors_in
+from blockprune.errors import DataError, TraceError, raise_if_out_of_memory
+from blockprune.randomness import preserved_rng
+from blockprune.tracing import Call, as_call, isolated, map_tensors, structural_copy, tensors_in
 
-__all__ = ["Batch", "Replay", "batches_of", "items_of"]
+__all__ = ["Batch", "Replay", "batches_of", "device_of", "example_of", "first_inputs", "items_of"]
+
+# Two samples show what belongs to the batch; more of them would cost time and show no more.
+EXAMPLE_SIZE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,55 @@ def items_of(data: Any) -> Iterable[Any]:
             f"iterable of them, such as a DataLoader; got {type(data).__name__}."
         )
     return data
+
+
+def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
+    """Return a few first inputs of `data` as a call on the model's device, and data to use instead.
+
+    They are those of `example_of` the first batch. An iterator is read once only, so what was
+    looked at is put back in front; anything else is read from its start again, and a shuffling
+    loader gives the same order then.
+
+    Raises:
+        DataError: there is no batch, or the first is not an `(inputs, targets)` pair.
+    """
+    with preserved_rng():
+        if isinstance(data, Iterator):
+            looked_at: Any = list(itertools.islice(data, 1))
+            data = itertools.chain(looked_at, data)
+        else:
+            looked_at = data
+        batch = next(batches_of(model, looked_at, device_of(model)), None)
+    if batch is None:
+        raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
+    return example_of(model, batch), data
+
+
+def example_of(model: nn.Module, batch: Batch) -> Call:
+    """Return the first two samples of a batch, enough for an analysis and for its proof.
+
+    The whole batch where the model does not run on two.
+    """
+    few = batch.part(0, EXAMPLE_SIZE).call
+    return few if len(batch) > EXAMPLE_SIZE and _runs(model, few) else batch.call
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer, the CPU where there is none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a copy of the model takes these arguments."""
+    inputs = call.map(lambda tensor: tensor.clone())
+    with isolated(), torch.no_grad():
+        try:
+            structural_copy(model).eval()(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            return False
+    return True
 
 
 def _parts(item: Any, position: int) -> tuple[Any, Any]:
