@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from blockprune.recovery.distillation import Distillation, Progress
-from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
+from blockprune.recovery.running_statistics import recalibrate_norms
 
 __all__ = [
     "METHODS",

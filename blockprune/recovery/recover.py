@@ -20,8 +20,8 @@ from blockprune.recovery.distillation import Distillation, OnProgress
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
 from blockprune.recovery.networks import networks_of
-from blockprune.recovery.norms import recalibrate_norms
 from blockprune.recovery.passes import Inspected
+from blockprune.recovery.running_statistics import recalibrate_norms
 from blockprune.recovery.work import Work
 from blockprune.surgery import (
     GapRecord,
