@@ -276,8 +276,8 @@ def _recovery_efficientnet(result: Result) -> Iterator[str]:
     methods = result["methods"]
     yield (
         f"{len(result['removed'])} blocks removed by `kl`: {', '.join(result['removed'])}. Fitted "
-        f"to {result['fitted_photos']} photos, tested on {result['tested_photos']} others, "
-        f"{result['crops']} crops of each."
+        f"to {result['fitted_to']} crops of {result['fitted_photos']} photos, tested on "
+        f"{result['tested_on']} crops of {result['tested_photos']} others."
     )
     yield _table(
         ["method", "top-1 agreement", "top-5 agreement", "KL", "ridges", "seconds of CPU"],

@@ -31,7 +31,7 @@ SAME = 0.95
 """Two photos are the same if they correlate as much as this at 16 by 16."""
 TESTED = 3
 """One photo of so many is tested, the others are fitted."""
-PER_BATCH = 20
+PER_BATCH, TEST_CROPS, SCORED = 20, 2, 32
 
 
 def trained_lite0() -> nn.Module:
@@ -97,7 +97,7 @@ def efficientnet(args: argparse.Namespace) -> dict[str, Any]:
     """Cut five of nine blocks, and return how far each method agrees with the dense network."""
     dense = trained_lite0()
     fit_photos, test_photos = photos(args.photos)
-    fit, test = crops(fit_photos, args.crops, 0), crops(test_photos, args.crops, 1)
+    fit, test = crops(fit_photos, args.crops, 0), crops(test_photos, TEST_CROPS, 1)
 
     def logits(model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -117,15 +117,14 @@ def efficientnet(args: argparse.Namespace) -> dict[str, Any]:
             "kl": float(divergence),
         }
 
-    ticket = blockprune.prune(dense, "kl", 5, data=batches(fit[:: len(fit) // 64]))
+    ticket = blockprune.prune(dense, "kl", 5, data=batches(fit[:: len(fit) // SCORED]))
     # All crops of a photo in one batch, so that what is held out are photos that were not fitted.
     rows = recovered(ticket, dense, batches(fit, PER_BATCH * args.crops), agreement)
-    for name, row in rows.items():
-        print(name, row)
     return {
         "removed": list(blockprune.plan_of(ticket).remove),
         "fitted_photos": len(fit_photos),
         "tested_photos": len(test_photos),
-        "crops": args.crops,
+        "fitted_to": len(fit),
+        "tested_on": len(test),
         "methods": rows,
     }
