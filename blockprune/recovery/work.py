@@ -219,9 +219,9 @@ class Work:
 
 
 def _squares(values: Tensor, weights: Tensor) -> float:
-    """Return the sum of weighted squares, of at least single precision."""
+    """Return the sum of weighted squares, the last dimension in single precision at least."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return float((weights * wide.square()).sum(dtype=torch.float64))
+    return float((weights * wide.square()).sum(dim=-1).double().sum())
 
 
 def _rows(
