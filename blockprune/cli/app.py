@@ -74,6 +74,7 @@ class RecoveryMethod(StrEnum):
     refit = "refit"
     map = "map"
     scale = "scale"
+    moments = "moments"
     distill = "distill"
 
 

@@ -9,6 +9,11 @@ over another family of P:
     refit   any P
     map     P = P0 T with T square (and a bias): ReplaceMe, NeurIPS 2025
     scale   P = a P0 with one number a: Prune&Comp
+    moments as refit; then each output is scaled and shifted to the mean and the variance of R
+
+What cannot be predicted from Z, a least-squares fit leaves at its mean. Its outputs vary less than
+those they stand for, and the layers behind were trained on values that do not. `moments` gives up
+some of the fit for that.
 
 Where neither the operation nor the normalisation behind it has a bias, the last row stays zero.
 """
@@ -33,6 +38,9 @@ RIDGES: Final = (*(10.0**k for k in range(-6, 3)), math.inf)
 
 _UNCHOSEN: Final = 1e-2
 """Where there are too few samples to choose one."""
+
+_ROUNDING: Final = 1e-10
+"""What share of a mean square is no more than rounding."""
 
 Fit = Callable[[Gram, Tensor, Tensor, float, bool], Tensor]
 
@@ -71,7 +79,25 @@ def scale(gram: Gram, start: Tensor, scales: Tensor, ridge: float, has_bias: boo
     return start * ((along + ridge * length) / (length + ridge * length))
 
 
-FAMILIES: Final[dict[str, Fit]] = {"refit": refit, "map": map_, "scale": scale}
+def moments(gram: Gram, start: Tensor, scales: Tensor, ridge: float, has_bias: bool) -> Tensor:
+    """Return the best P of all, with outputs that vary as much as what they are fitted to."""
+    found = refit(gram, start, scales, ridge, has_bias)
+    count = gram.products[:, -1:, -1:]
+    mean, wanted_mean = gram.products[:, -1:] @ found / count, gram.targets[:, -1:] / count
+    if not has_bias:
+        mean, wanted_mean = torch.zeros_like(mean), torch.zeros_like(mean)
+    square = ((gram.products @ found) * found).sum(dim=1, keepdim=True) / count
+    variance = square - mean**2
+    wanted = (gram.squares.unsqueeze(1) / count - wanted_mean**2).clamp_min(0)
+    # One that does not vary, as far as digits go, cannot be made to.
+    varies = variance > _ROUNDING * square
+    factor = torch.where(varies, wanted / variance, 1).sqrt()
+    shift = torch.zeros_like(found)
+    shift[:, -1:] = wanted_mean - factor * mean
+    return factor * found + shift
+
+
+FAMILIES: Final[dict[str, Fit]] = {"refit": refit, "map": map_, "scale": scale, "moments": moments}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ convolution all of its window), and P is its weight.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -28,6 +29,8 @@ __all__ = ["LinearCall", "NormCall", "Watching"]
 
 Layout = Literal["inputs last", "outputs last", "convolution"]
 
+_AT_ONCE = 2**20
+"""How many numbers of Z are written out at once."""
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _LOOKING = frozenset({"__get__", "__len__", "dim", "is_floating_point", "numel", "size"})
 """Functions that look at a tensor and not at its numbers."""
@@ -92,6 +95,19 @@ class LinearCall:
         z = z.reshape(samples, self.groups, channels // self.groups, *z.shape[2:])
         z = z.movedim((1, 2), (0, 2 + dimensions))
         return z.reshape(self.groups, -1, z.shape[2 + dimensions :].numel())
+
+    def pieces(self, *results: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield Z, and rows of tensors of the shape of the result, a few samples at a time.
+
+        The Z of a whole batch is larger than the batch, by the size of the window.
+        """
+        assert self.given is not None
+        step = max(1, _AT_ONCE // (self.given[0].numel() * math.prod(self.kernel)))
+        for given, *own in zip(
+            *(torch.split(t, step) for t in (self.given, *results)), strict=True
+        ):
+            few = dataclasses.replace(self, given=given)
+            yield few.inputs(), *map(self.outputs, own)
 
     def outputs(self, y: Tensor) -> Tensor:
         """Return a tensor of the shape of the result as (groups, rows, outputs of a group)."""
@@ -173,11 +189,11 @@ class Watching(TorchFunctionMode):
         weight, bias = self._name(given["weight"]), self._name(given.get("bias"))
         if weight is None or (bias is None and given.get("bias") is not None):
             return result
+        kernel = tuple(given["weight"].shape[2:])
+        if given["input"].dim() < 2 + len(kernel):
+            return result  # without samples
         if func is F.linear:
             return self._seen(LinearCall(weight, bias, "inputs last"), given["input"], result)
-        kernel = tuple(given["weight"].shape[2:])
-        if given["input"].dim() != 2 + len(kernel):
-            return result  # without samples
         window = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
         call = LinearCall(weight, bias, "convolution", given.get("groups", 1), window, kernel)
         return self._seen(call, given["input"], result)

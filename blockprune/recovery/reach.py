@@ -27,6 +27,8 @@ _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
 _WHOLE = 0.999
 """What share of a stream an operation reaches at the least that reaches the whole of it."""
+_ROUNDING = 1000
+"""How many units of the last place two counts may differ by that are equal."""
 _MOST = 24
 """How many operations are tried for one gap."""
 
@@ -40,11 +42,13 @@ class Reach:
         scales: what the square of each output counts in the stream, (groups, outputs of a group);
             0 for one that does not reach it.
         share: how much of the stream it reaches.
+        is_even: whether each sample and position counts as much as any other.
     """
 
     operation: LinearCall
     scales: Tensor
     share: float
+    is_even: bool
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -193,8 +197,14 @@ def _measured(
     if not bool((torch.where(reached.unsqueeze(1), shares - first, 0.0).abs() < 1e-2).all()):
         return None
     share = float((moved.detach() != 0).double().mean())
+    uneven = torch.where(reached.unsqueeze(1), 1 - shares, 0.0).max()
     plain = dataclasses.replace(operation, given=None, returned=None, node=None)
-    return Reach(plain, torch.where(reached, scales, 0.0), share)
+    return Reach(
+        plain,
+        torch.where(reached, scales, 0.0),
+        share,
+        is_even=bool(uneven < _ROUNDING * torch.finfo(leaf.dtype).eps),
+    )
 
 
 def _close(found: Tensor, wanted: Tensor, size: Tensor) -> bool:

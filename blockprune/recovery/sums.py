@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,43 @@ class Sums:
             )
         is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
         weights = weights_of(wanted, seen.mask, is_sequence=is_sequence)
-        self.error += float((weights.double() * missing.double() ** 2).sum())
-        self.size += float((weights.double() * wanted.double() ** 2).sum())
+        self.error += _squares(missing, weights)
+        self.size += _squares(wanted, weights)
         for reach in reaches:
             operation = seen.calls[reach.operation.weight]
-            leaf = operation.returned
-            assert leaf is not None
-            tail = Tail(stream, leaf)
-            counts = tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach()
-            change = tail.backward(weights * missing).detach()
-            goal = leaf.detach() + torch.where(counts > 0, change / counts, 0)
-            rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
-            shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-            self.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
+            gram = self.grams[operation.weight]
+            for inputs, goal, shares in _rows(reach, operation, stream, missing, weights):
+                gram.add(inputs, goal, shares)
+
+
+def _squares(values: Tensor, weights: Tensor) -> float:
+    """Return the sum of weighted squares, the last dimension in single precision at least."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return float((weights * wide.square()).sum(dim=-1).double().sum())
+
+
+def _rows(
+    reach: Reach, operation: LinearCall, stream: Tensor, missing: Tensor, weights: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield what an operation reads, what it should return, and what each row counts.
+
+    Args:
+        reach: the operation as it was found.
+        operation: as it was called now.
+        stream: what was computed from its result.
+        missing: what the stream lacks.
+        weights: of the numbers of the stream.
+    """
+    leaf = operation.returned
+    assert leaf is not None
+    tail = Tail(stream, leaf)
+    seen = [leaf.detach(), tail.backward(weights * missing)]
+    if not (reach.is_even and bool((weights == 1).all())):
+        seen.append(tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach())
+    scales = reach.scales.unsqueeze(1)
+    total = scales.sum(dim=-1).clamp_min(torch.finfo(scales.dtype).tiny)
+    for inputs, result, change, *counted in operation.pieces(*seen):
+        counts = counted[0].double() if counted else scales
+        goal = result.double() + torch.where(counts > 0, change.double() / counts, 0)
+        shares = (counts * (scales > 0)).sum(dim=-1) / total
+        yield inputs, goal, shares.expand(-1, inputs.shape[1])

@@ -23,9 +23,6 @@ class Tail:
 
     def __init__(self, stream: Tensor, leaf: Tensor) -> None:
         self._stream, self._leaf = stream, leaf
-        probe = torch.zeros_like(stream, requires_grad=True)
-        [back] = torch.autograd.grad(stream, leaf, probe, create_graph=True)
-        self._probe, self._back = probe, back
 
     @staticmethod
     def reaches(stream: Tensor, leaf: Tensor) -> bool:
@@ -39,11 +36,11 @@ class Tail:
 
     def forward(self, change: Tensor) -> Tensor:
         """Return A times a change of the leaf, of the shape of the stream."""
-        if not self._back.requires_grad:
+        probe = torch.zeros_like(self._stream, requires_grad=True)
+        [back] = torch.autograd.grad(self._stream, self._leaf, probe, create_graph=True)
+        if not back.requires_grad:
             return torch.zeros_like(self._stream)
-        [found] = torch.autograd.grad(
-            self._back, self._probe, change, retain_graph=True, allow_unused=True
-        )
+        [found] = torch.autograd.grad(back, probe, change, allow_unused=True)
         return torch.zeros_like(self._stream) if found is None else found
 
     def backward(self, change: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class RecoveryRecord(BaseModel):
     """How a ticket was recovered. Its weights are then no longer those of the dense model.
 
     Attributes:
-        method: "norms", "scale", "map", "refit" or "distill".
+        method: "norms", "scale", "map", "moments", "refit" or "distill".
         samples: how many samples of the data were read.
         gaps: in order of execution; empty for "norms".
         before: the recovery of the ticket that this one began with; None if it had none.

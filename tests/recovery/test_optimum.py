@@ -55,6 +55,33 @@ def test_a_larger_family_leaves_no_larger_residual(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_those_of_what_was_fitted(kind: str) -> None:
+    """The branch, measured with hooks, varies as much as what the stream of the ticket lacks."""
+    dense, x = built(kind), images()
+    ticket = blockprune.remove_blocks(dense, "blocks.4", x[:2], verify=False)
+    wanted = _before_last_activation(dense, 5, x)
+    branches = {}
+    for method in ("refit", "moments"):
+        own = built(kind)
+        found = blockprune.recover(ticket, dense, x, method, ridge=0.0)
+        own.load_state_dict(found.state_dict(), strict=False)
+        with torch.no_grad():
+            shortcut = own.blocks[:3](torch.relu(own.stem(x)))
+        branches[method] = _before_last_activation(own, 4, x) - shortcut
+    goal = wanted - shortcut
+    # Where nothing takes a bias, the origin stands for the mean.
+    centre = 0 if kind == "no bias" else goal.mean((0, 2, 3), keepdim=True)
+    square = (goal - centre).square().mean((0, 2, 3))
+    reached = (branches["moments"] - centre).square().mean((0, 2, 3))
+    torch.testing.assert_close(reached, square, rtol=1e-7, atol=1e-12)
+    assert bool(((branches["refit"] - centre).square().mean((0, 2, 3)) < 0.999 * square).all())
+    if kind != "no bias":
+        torch.testing.assert_close(
+            branches["moments"].mean((0, 2, 3), keepdim=True), centre, rtol=1e-7, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_residual_is_that_of_the_streams(kind: str) -> None:
     """Both are measured here with hooks on modules of the dense model and of the ticket."""
     dense, x = built(kind), images()

@@ -18,7 +18,7 @@ from blockprune.models import resnet20
 from blockprune.recovery.data import Batches
 from tests.recovery.nets import built, images
 
-METHODS = ("norms", "scale", "map", "refit")
+METHODS = ("norms", "scale", "map", "refit", "moments")
 
 
 def cut(kind: str = "batch norm", gone: Any = "blocks.2") -> tuple[nn.Module, nn.Module, Tensor]:
