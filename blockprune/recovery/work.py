@@ -17,9 +17,9 @@ from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap, gaps_of
 from blockprune.recovery.gram import Gram, with_ones
-from blockprune.recovery.operations import LinearCall
+from blockprune.recovery.norms import HeldStatistics
 from blockprune.recovery.passes import Inspected
-from blockprune.recovery.reach import Reach, run_to, uses_in, which_reach
+from blockprune.recovery.reach import Reach, rounds_for, run_to, uses_in
 from blockprune.recovery.tail import Tail
 from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, translated
 from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
@@ -108,36 +108,57 @@ class Work:
     def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
         """Fit one gap, write what was found into the cut model, and return how it went.
 
+        A fit that is exact leaves what was predicted. One with the statistics of norms held is
+        measured by the round behind it, and taken back where it did not make the stream better.
+
         Raises:
             RecoveryError: too few samples, or activations that are not finite.
             VerificationError: the weights do not compute what was fitted.
         """
-        reaches = which_reach(self.cut, call, gap.stream, self._uses)
-        sums, held_out = self._sums(reaches), self._sums(reaches)
-        for batch, is_held_out in self.batches:
-            self._add(held_out if is_held_out else sums, gap, reaches, batch)
-        error, size = sums.error + held_out.error, sums.size + held_out.size
-        left, chosen = error, None
-        for reach in reaches:
-            operation = reach.operation
-            best = fitted(
-                family,
-                sums.grams[operation.weight],
-                held_out.grams[operation.weight],
-                start_of(self.cut.model, operation),
-                reach.scales,
-                has_bias=has_bias(operation),
-                ridge=ridge,
-            )
-            left, chosen = left - best.gain, best.ridge
-            self._write(gap, call, operation, best)
-        size = max(size, torch.finfo(torch.float64).tiny)
+        rounds = rounds_for(self.cut, call, gap.stream, self._uses)
+        if not rounds or not all(reach.is_exact for reach in rounds[-1]):
+            rounds.append([])  # It measures only.
+        layouts = {reach.operation.layout for reaches in rounds for reach in reaches}
+        is_sequence = "convolution" not in layouts
+        ridges: dict[str, float] = {}
+        before: dict[str, Tensor] = {}
+        errors: list[float] = []
+        for reaches in rounds:
+            sums, held_out = self._read(gap, reaches, is_sequence=is_sequence)
+            errors.append(sums.error + held_out.error)
+            if before and errors[-1] >= errors[-2]:
+                errors.pop()
+                self._write(before)
+                ridges = {name: ridge for name, ridge in ridges.items() if name not in before}
+                break
+            before = {}
+            gain = 0.0
+            for reach in reaches:
+                weight = reach.operation.weight
+                best = fitted(
+                    family,
+                    sums.grams[weight],
+                    held_out.grams[weight],
+                    start_of(self.cut.model, reach.operation),
+                    reach.scales,
+                    has_bias=has_bias(reach.operation),
+                    ridge=ridge,
+                )
+                values = self._proved(gap, call, reach, best)
+                if reach.is_exact:
+                    gain += best.gain
+                else:
+                    before |= values
+                ridges[weight] = best.ridge
+            if gain:
+                errors.append(errors[-1] - gain)
+        size = max(sums.size + held_out.size, torch.finfo(torch.float64).tiny)
         return GapRecord(
             blocks=gap.blocks,
-            weights=tuple(reach.operation.weight for reach in reaches),
-            residual_before=error / size,
-            residual_after=max(left, 0.0) / size,
-            ridge=chosen,
+            weights=tuple(ridges),
+            residual_before=errors[0] / size,
+            residual_after=max(errors[-1], 0.0) / size,
+            ridge=next(reversed(ridges.values()), None),
         )
 
     def _values(self, model: Inspected, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
@@ -151,6 +172,14 @@ class Work:
                 )
         return found
 
+    def _read(self, gap: Gap, reaches: list[Reach], *, is_sequence: bool) -> tuple[_Sums, _Sums]:
+        """Return the sums over what is fitted, and over what is held out."""
+        sums, held_out = self._sums(reaches), self._sums(reaches)
+        for batch, is_held_out in self.batches:
+            part = held_out if is_held_out else sums
+            self._add(part, gap, reaches, batch, is_sequence=is_sequence)
+        return sums, held_out
+
     def _sums(self, reaches: list[Reach]) -> _Sums:
         grams = {}
         for reach in reaches:
@@ -159,11 +188,13 @@ class Work:
             grams[reach.operation.weight] = Gram.zeros(groups, columns - 1, outputs, start.device)
         return _Sums(grams)
 
-    def _add(self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call) -> None:
+    def _add(
+        self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call, *, is_sequence: bool
+    ) -> None:
         with torch.no_grad():
             wanted = self.dense.value(call, gap.target)
         leaves = frozenset(reach.operation.weight for reach in reaches)
-        stream, calls, _ = run_to(self.cut, call, gap.stream, leaves)
+        stream, calls, _ = run_to(self.cut, call, gap.stream, leaves, held=_statistics(reaches))
         wanted = wanted.to(stream.device)
         missing = wanted - stream.detach()
         if not bool(missing.isfinite().all()):
@@ -171,7 +202,6 @@ class Work:
                 f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
                 "data. Leave out the samples that cause it, or use a wider precision."
             )
-        is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
         weights = weights_of(wanted, self._mask(call), is_sequence=is_sequence)
         sums.error += float((weights.double() * missing.double() ** 2).sum())
         sums.size += float((weights.double() * wanted.double() ** 2).sum())
@@ -202,19 +232,22 @@ class Work:
             raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
         return mask
 
-    def _write(self, gap: Gap, call: Call, operation: LinearCall, best: Fitted) -> None:
-        """Put a fit into the cut model, and prove that the stream is what was fitted."""
-        weight = operation.weight
-        stream, calls, _ = run_to(self.cut, call, gap.stream, frozenset({weight}))
+    def _proved(self, gap: Gap, call: Call, reach: Reach, best: Fitted) -> dict[str, Tensor]:
+        """Put a fit into the cut model, prove that the stream is what was fitted, and return what
+        was there before.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        weight, held = reach.operation.weight, _statistics([reach])
+        stream, calls, _ = run_to(self.cut, call, gap.stream, frozenset({weight}), held=held)
         seen = calls[weight]
         assert seen.returned is not None
         rows = with_ones(seen.inputs().double()) @ best.matrix
         change = seen.result(rows, seen.returned).to(seen.returned.dtype) - seen.returned.detach()
         wanted = (stream + Tail(stream, seen.returned).forward(change)).detach()
-        values = folded(self.cut.model, operation, best.matrix, best.gram)
-        write_into(tensors_of(self.cut.model), values)
-        self.changed |= values
-        found, _, _ = run_to(self.cut, call, gap.stream, frozenset())
+        before = self._write(folded(self.cut.model, reach.operation, best.matrix, best.gram))
+        found, _, _ = run_to(self.cut, call, gap.stream, frozenset(), held=held)
         error = float((found.detach() - wanted).abs().max())
         room = torch.finfo(wanted.dtype).eps ** 0.5 * float(wanted.abs().max())
         if not error <= room:
@@ -222,6 +255,21 @@ class Work:
                 f"with new numbers in {weight} the stream at {', '.join(gap.blocks)} is not what "
                 f"was fitted: largest difference {error:.3g}. The model may keep a copy of it."
             )
+        return before
+
+    def _write(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put values into the cut model, and return those that were there."""
+        tensors = tensors_of(self.cut.model)
+        before = {name: tensors[name].detach().clone() for name in values}
+        write_into(tensors, values)
+        self.changed |= values
+        return before
+
+
+def _statistics(reaches: list[Reach]) -> HeldStatistics | None:
+    """Return where norms keep their statistics, if one of these operations needs them held."""
+    needs = any(not one.is_exact or one.operation.layout == "channels" for one in reaches)
+    return HeldStatistics() if needs else None
 
 
 def _load(model: nn.Module, ticket: nn.Module, record: TicketRecord) -> None:
