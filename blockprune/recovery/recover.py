@@ -189,8 +189,10 @@ def _fill(ticket: nn.Module, work: Work, record: TicketRecord, example: Call) ->
         VerificationError: it does not; it is as it was.
     """
     own = {translated(name, record.renamed): tensor for name, tensor in tensors_of(ticket).items()}
-    before = {name: own[name].detach().clone() for name in work.changed}
-    write_into(own, work.changed)
+    # A ticket has not all names of a shared tensor; each is enough.
+    changed = {name: value for name, value in work.changed.items() if name in own}
+    before = {name: own[name].detach().clone() for name in changed}
+    write_into(own, changed)
     wanted, found = _outputs(work.cut.model, example), _outputs(structural_copy(ticket), example)
     for one, other in zip(wanted, found, strict=True):
         room = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0

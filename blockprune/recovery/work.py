@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap, gaps_of
 from blockprune.recovery.gram import Gram, with_ones
+from blockprune.recovery.masks import Masks
 from blockprune.recovery.norms import HeldStatistics
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.reach import Reach, rounds_for, run_to, uses_in
@@ -25,6 +26,9 @@ from blockprune.surgery import GapRecord, TicketRecord, cuts_of, ticket_graph, t
 from blockprune.tracing import Call, aliased_copy, copy_model, structural_copy
 
 __all__ = ["Work"]
+
+_Weigh = Callable[[Tensor, Call], Tensor]
+"""From what a stream should be, and the arguments of the model, to what each number counts."""
 
 
 @dataclasses.dataclass
@@ -53,7 +57,7 @@ class Work:
 
     Attributes:
         cut: the dense model without what was removed, with the weights of the ticket.
-        changed: new values by their names in the dense model.
+        changed: new values by their names in the dense model; a shared one by all of its names.
     """
 
     def __init__(
@@ -65,8 +69,8 @@ class Work:
         batches: Batches,
         mask_fn: MaskFunction | None,
     ) -> None:
-        self.batches, self.mask_fn = batches, mask_fn
-        self._signature = inspect.signature(dense_model.forward)
+        self.batches = batches
+        self._masks = Masks(inspect.signature(dense_model.forward), mask_fn)
         self.changed: dict[str, Tensor] = {}
         self._uses: Mapping[str, int] = {}
         cuts = cuts_of(analysis, record.plan.remove, record.plan.granularity)
@@ -119,12 +123,17 @@ class Work:
         if not rounds or not all(reach.is_exact for reach in rounds[-1]):
             rounds.append([])  # It measures only.
         layouts = {reach.operation.layout for reaches in rounds for reach in reaches}
-        is_sequence = "convolution" not in layouts
+        mask = self._masks.name_for(call, lambda given: self._stream(gap, given))
+
+        def weigh(wanted: Tensor, batch: Call) -> Tensor:
+            own = self._masks.of(batch, mask)
+            return weights_of(wanted, own, is_sequence="convolution" not in layouts)
+
         ridges: dict[str, float] = {}
         before: dict[str, Tensor] = {}
         errors: list[float] = []
         for reaches in rounds:
-            sums, held_out = self._read(gap, reaches, is_sequence=is_sequence)
+            sums, held_out = self._read(gap, reaches, weigh)
             errors.append(sums.error + held_out.error)
             if before and errors[-1] >= errors[-2]:
                 errors.pop()
@@ -161,6 +170,10 @@ class Work:
             ridge=next(reversed(ridges.values()), None),
         )
 
+    def _stream(self, gap: Gap, call: Call) -> Tensor:
+        with torch.no_grad():
+            return self.cut.value(call, gap.stream)
+
     def _values(self, model: Inspected, call: Call, places: list[Any]) -> dict[Any, list[Any]]:
         with torch.no_grad():
             found = model.values(call, *places)
@@ -172,12 +185,12 @@ class Work:
                 )
         return found
 
-    def _read(self, gap: Gap, reaches: list[Reach], *, is_sequence: bool) -> tuple[_Sums, _Sums]:
+    def _read(self, gap: Gap, reaches: list[Reach], weigh: _Weigh) -> tuple[_Sums, _Sums]:
         """Return the sums over what is fitted, and over what is held out."""
         sums, held_out = self._sums(reaches), self._sums(reaches)
         for batch, is_held_out in self.batches:
             part = held_out if is_held_out else sums
-            self._add(part, gap, reaches, batch, is_sequence=is_sequence)
+            self._add(part, gap, reaches, batch, weigh)
         return sums, held_out
 
     def _sums(self, reaches: list[Reach]) -> _Sums:
@@ -188,9 +201,7 @@ class Work:
             grams[reach.operation.weight] = Gram.zeros(groups, columns - 1, outputs, start.device)
         return _Sums(grams)
 
-    def _add(
-        self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call, *, is_sequence: bool
-    ) -> None:
+    def _add(self, sums: _Sums, gap: Gap, reaches: list[Reach], call: Call, weigh: _Weigh) -> None:
         with torch.no_grad():
             wanted = self.dense.value(call, gap.target)
         leaves = frozenset(reach.operation.weight for reach in reaches)
@@ -202,7 +213,7 @@ class Work:
                 f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
                 "data. Leave out the samples that cause it, or use a wider precision."
             )
-        weights = weights_of(wanted, self._mask(call), is_sequence=is_sequence)
+        weights = weigh(wanted, call)
         sums.error += float((weights.double() * missing.double() ** 2).sum())
         sums.size += float((weights.double() * wanted.double() ** 2).sum())
         for reach in reaches:
@@ -216,21 +227,6 @@ class Work:
             rows = operation.outputs(counts).double() * (reach.scales > 0).unsqueeze(1)
             shares = rows.sum(dim=-1) / reach.scales.sum(dim=-1, keepdim=True).clamp_min(1e-300)
             sums.grams[operation.weight].add(operation.inputs(), operation.outputs(goal), shares)
-
-    def _mask(self, call: Call) -> Tensor | None:
-        """Return the weight of each position, where a user or the call has one.
-
-        Raises:
-            RecoveryError: what the user's function returns is none.
-        """
-        if self.mask_fn is None:
-            found = self._signature.bind(*call.args, **call.kwargs).arguments
-            mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
-            return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        mask = self.mask_fn(call)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
-        return mask
 
     def _proved(self, gap: Gap, call: Call, reach: Reach, best: Fitted) -> dict[str, Tensor]:
         """Put a fit into the cut model, prove that the stream is what was fitted, and return what
@@ -262,7 +258,8 @@ class Work:
         tensors = tensors_of(self.cut.model)
         before = {name: tensors[name].detach().clone() for name in values}
         write_into(tensors, values)
-        self.changed |= values
+        for name, value in values.items():
+            self.changed |= {n: value for n, own in tensors.items() if own is tensors[name]}
         return before
 
 
