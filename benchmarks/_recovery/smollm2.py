@@ -92,6 +92,8 @@ def _windows(folders: list[Path], tokenizer: Any, count: int) -> Tensor:
         per_page += per_page % BATCH
         own: list[Tensor] = []
         for page in pages:
+            if len(own) >= wanted:
+                break
             ids = tokenizer(page, return_tensors="pt").input_ids[0]
             own += ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:per_page]
         if len(own) < wanted:

@@ -37,6 +37,11 @@ class HeldStatistics:
         self._kept: list[Tensor] = []
         self._next = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no norm was called."""
+        return not self._kept
+
     def rewind(self) -> None:
         """Begin another run."""
         self._next = 0

@@ -132,7 +132,7 @@ def _found(
 ) -> tuple[list[Reach], list[Reach]]:
     """Return what reaches the whole of a stream, the best first, and what reaches parts of it."""
     value, _, calls = run_to(cut, call, stream, frozenset(), held=held)
-    if not value.is_floating_point():
+    if not value.is_floating_point() or (held is not None and held.is_empty):
         return [], []
     own = [seen for seen in calls if all(uses[n] == 1 for n in (seen.weight, seen.bias) if n)]
     candidates = [seen.weight for seen in reversed(own)][:_MOST]

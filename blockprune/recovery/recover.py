@@ -64,7 +64,9 @@ def recover(
     with h the stream of the dense model, u that of the ticket, Z what the operation reads, P0 its
     weight and A what lies between it and the stream. Gaps are fitted in order of execution, each on
     the stream as the earlier ones left it. No label is needed; no layer is added; names, shapes and
-    the number of parameters stay. A gap that no linear operation reaches is left as it is.
+    the number of parameters stay. Behind a layer or RMS norm (post-norm layers), A holds the norm's
+    statistics; the norm's weight and bias are fitted as well, and what the stream becomes is
+    measured. A gap that no linear operation reaches is left as it is.
 
     Args:
         ticket: from `prune`, `remove_blocks` or `load_ticket`.
@@ -79,7 +81,8 @@ def recover(
             differ as the data do (other photos, other texts), or a small ridge looks too good.
         max_batches: at most so many batches are read; None: all.
         mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
-            each position. None: the argument `attention_mask`, where there is one of that shape.
+            each position. None: the argument `attention_mask`, where there is one of that shape;
+            for the decoder of an encoder-decoder `decoder_attention_mask`.
         in_place: change the ticket itself, which saves the memory of a copy.
 
     Returns:
