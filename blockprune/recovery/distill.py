@@ -16,10 +16,11 @@ from blockprune.losses import LossFunction
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.recovery.adapters import add_adapters, layers_in, merge_adapters
 from blockprune.recovery.checkpoint import Checkpoint, key_of
-from blockprune.recovery.data import Batches, Masks
+from blockprune.recovery.data import Batches
 from blockprune.recovery.distillation import Distillation, OnProgress, Progress
 from blockprune.recovery.folding import tensors_of
 from blockprune.recovery.gaps import Location
+from blockprune.recovery.masks import Masks
 from blockprune.recovery.networks import Networks, gaps_in, merges_in
 from blockprune.recovery.optimiser import Optimiser
 from blockprune.recovery.pair import Pair
@@ -75,7 +76,7 @@ def distilled(
     gaps = [gap for gap, _ in found]
     streams = {gap.stream: gap.target for gap in gaps}
     places = streams | {merge: merge for merge in merges_in(networks, call, found)}
-    pair = Pair(networks, places, masks, recipe, run.loss_fn, run.accelerator)
+    pair = Pair(networks, places, masks, call, recipe, run.loss_fn, run.accelerator)
     model = networks.cut.model
     before, steps = _residuals(pair, streams, batches, recipe)
     checkpoint = None

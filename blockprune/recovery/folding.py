@@ -85,8 +85,9 @@ def _renormalised(
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Return the parameters and buffers of a model by name, one that is shared by each of its."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def write_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,9 @@ convolution all of its window), and P is its weight.
     addmm       Y = Z W + b         W: (inputs, outputs), as `Conv1D` of transformers has it
     attention   the output projection of `nn.MultiheadAttention`, a linear operation
     convolution Y = unfold(X) W^T + b, in as many groups as it has
+    channels    Y = n(X) w + b, weight and bias of a layer norm: each channel is a group
+
+The last is looked for only where statistics of norms are held (see `norms`).
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from blockprune.recovery.norms import HELD, NORMS, HeldStatistics, normalised
 from blockprune.tracing import tensors_in
 
 __all__ = ["LinearCall", "NormCall", "Watching"]
 
-Layout = Literal["inputs last", "outputs last", "convolution"]
+Layout = Literal["inputs last", "outputs last", "convolution", "channels"]
 
 _AT_ONCE = 2**20
 """How many numbers of Z are written out at once."""
@@ -82,6 +86,8 @@ class LinearCall:
     def inputs(self) -> Tensor:
         """Return Z, as (groups, rows, columns)."""
         assert self.given is not None
+        if self.layout == "channels":
+            return self.outputs(self.given)
         if self.layout != "convolution":
             return self.given.reshape(1, -1, self.given.shape[-1])
         z = _padded(self.given, self.kernel, *self.window[1:])
@@ -143,6 +149,7 @@ class Watching(TorchFunctionMode):
         names: identity of each parameter and buffer to its name.
         leaves: names of the weights whose calls keep what they read, and return a leaf.
         change: is added to what these return.
+        held: norms of positions use these statistics; None: those of what they are given.
 
     Attributes:
         calls: what was seen.
@@ -154,9 +161,10 @@ class Watching(TorchFunctionMode):
         names: Mapping[int, str],
         leaves: frozenset[str] = frozenset(),
         change: Callable[[Tensor], Tensor] | None = None,
+        held: HeldStatistics | None = None,
     ) -> None:
         super().__init__()
-        self.names, self.leaves, self.change = names, leaves, change
+        self.names, self.leaves, self.change, self.held = names, leaves, change, held
         self.calls: list[LinearCall] = []
         self.uses: Counter[str] = Counter()
         self._latest: tuple[Tensor, LinearCall] | None = None
@@ -180,6 +188,10 @@ class Watching(TorchFunctionMode):
             return self._attention(func, args, kwargs)
         if func is F.batch_norm:
             self._note_norm(*args, **kwargs)
+        if self.held is not None and func in NORMS:
+            return self._norm(func, args, kwargs, self.held)
+        if self.held is not None and func in HELD:
+            return self.held.of(lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -251,6 +263,22 @@ class Watching(TorchFunctionMode):
             self._name(running_var),
             eps,
         )
+
+    def _norm(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: HeldStatistics
+    ) -> Tensor:
+        is_rms = func in (F.rms_norm, torch.rms_norm)
+        names = ("input", "normalized_shape", "weight", *(() if is_rms else ("bias",)), "eps")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        z = normalised(func, given, held)
+        weight: Any = given.get("weight")
+        bias: Any = given.get("bias")
+        result = z if weight is None else z * weight
+        result = result if bias is None else result + bias
+        name, bias_name = self._name(weight), self._name(bias)
+        if name is None or (bias_name is None and bias is not None) or z.shape[-1:] != weight.shape:
+            return result
+        return self._seen(LinearCall(name, bias_name, "channels", len(weight)), z, result)
 
     def _seen(self, call: LinearCall, given: Tensor, result: Tensor) -> Tensor:
         self.calls.append(call)

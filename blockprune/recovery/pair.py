@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.nn import functional
 
 from blockprune.batches import Batch
 from blockprune.losses import LossFunction, class_axis, cross_entropy, main_output
-from blockprune.recovery.data import Masks, weights_of
+from blockprune.recovery.data import weights_of
 from blockprune.recovery.distillation import Distillation
 from blockprune.recovery.gaps import Location
+from blockprune.recovery.masks import Masks
 from blockprune.recovery.networks import Networks
 from blockprune.tracing import Call
 
@@ -31,6 +33,7 @@ class Pair:
         networks: are moved to the device of the accelerator, if there is one.
         places: value of the cut network to that of the dense one.
         masks: which positions count.
+        call: an example.
         recipe: the weights of the terms of the loss.
         loss_fn: of the labels; None: cross entropy.
         accelerator: for its device and precision; None: those of the model.
@@ -41,6 +44,7 @@ class Pair:
         networks: Networks,
         places: Mapping[Location, Location],
         masks: Masks,
+        call: Call,
         recipe: Distillation,
         loss_fn: LossFunction | None,
         accelerator: Accelerator | None,
@@ -52,6 +56,11 @@ class Pair:
         if accelerator is not None:
             networks.dense.model.to(accelerator.device)
             networks.cut.model.to(accelerator.device)
+        example = self._moved(call)
+        self._mask_of = {
+            place: masks.name_for(example, partial(self._value, place=place)) for place in places
+        }
+        self._mask_of_outputs = masks.name_for(example, self._output)
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         """Return what a step of the cut network lowers; see `Distillation`.
@@ -66,7 +75,7 @@ class Pair:
         loss = self._outputs(call, main_output(found), main_output(wanted))
         if self._places and recipe.stream:
             terms = [
-                _share(*self._missing(call, streams[own][0], targets[other][0]))
+                _share(*self._missing(call, streams[own][0], targets[other][0], self._mask_of[own]))
                 for own, other in self._places.items()
             ]
             loss = loss + recipe.stream * torch.stack(terms).mean()
@@ -84,13 +93,23 @@ class Pair:
             targets = self._dense.values(call, *places.values())
             streams = self._cut.values(call, *places)
         return {
-            own: torch.stack(self._missing(call, streams[own][0], targets[other][0]))
+            own: torch.stack(
+                self._missing(call, streams[own][0], targets[other][0], self._mask_of[own])
+            )
             for own, other in places.items()
         }
 
+    def _value(self, call: Call, place: Location) -> Tensor:
+        with torch.no_grad():
+            return self._cut.value(call, place)
+
+    def _output(self, call: Call) -> Tensor:
+        with torch.no_grad():
+            return main_output(self._cut.outputs_and_values(call, ())[0])
+
     def _outputs(self, call: Call, found: Tensor, wanted: Tensor) -> Tensor:
         if self._recipe.outputs == "mse":
-            return _share(*self._missing(call, found, wanted))
+            return _share(*self._missing(call, found, wanted, self._mask_of_outputs))
         axis, temperature = class_axis(wanted), self._recipe.temperature
         divergences = functional.kl_div(
             (_wide(found) / temperature).log_softmax(axis),
@@ -98,16 +117,19 @@ class Pair:
             reduction="none",
             log_target=True,
         ).sum(axis, keepdim=True)
-        counts = self._weights(call, wanted).expand_as(divergences)
+        counts = self._weights(call, wanted, self._mask_of_outputs).expand_as(divergences)
         return temperature**2 * _share((counts * divergences).sum(), counts.sum())
 
-    def _missing(self, call: Call, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        weights, wanted = self._weights(call, wanted), _wide(wanted)
+    def _missing(
+        self, call: Call, found: Tensor, wanted: Tensor, mask: str | None
+    ) -> tuple[Tensor, Tensor]:
+        weights, wanted = self._weights(call, wanted, mask), _wide(wanted)
         error = (weights * (_wide(found) - wanted) ** 2).sum()
         return error, (weights * wanted**2).sum()
 
-    def _weights(self, call: Call, value: Tensor) -> Tensor:
-        return _wide(weights_of(value, self._masks.of(call), is_sequence=value.dim() == 3))
+    def _weights(self, call: Call, value: Tensor, mask: str | None) -> Tensor:
+        own = self._masks.of(call, mask)
+        return _wide(weights_of(value, own, is_sequence=value.dim() == 3))
 
     def _moved(self, call: Call) -> Call:
         if self._accelerator is None:

@@ -3,12 +3,15 @@
 An operation can be refitted where the stream depends on its result y alone, and by a tail A whose
 A^T A is diagonal (see `tail`). No list of layers says so. The cut model runs once more for each
 candidate, the last ones first, with something added to y: the stream must change by A times that.
+
+Where none does, a norm of positions may stand between (post-norm layers). The trial is then made
+with the statistics of norms held, and the norm's own weight and bias are tried as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +19,13 @@ from torch import Tensor, nn
 
 from blockprune.errors import raise_if_out_of_memory
 from blockprune.recovery.gaps import Location
+from blockprune.recovery.norms import HeldStatistics
 from blockprune.recovery.operations import LinearCall, Watching
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.tail import Tail
 from blockprune.tracing import Call
 
-__all__ = ["Reach", "names_of", "run_to", "watched", "which_reach"]
+__all__ = ["Reach", "names_of", "rounds_for", "run_to", "statistics_for", "watched"]
 
 _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
@@ -43,12 +47,15 @@ class Reach:
             0 for one that does not reach it.
         share: how much of the stream it reaches.
         is_even: whether each sample and position counts as much as any other.
+        is_exact: whether the stream depends on it linearly; else only with the statistics of
+            norms held.
     """
 
     operation: LinearCall
     scales: Tensor
     share: float
     is_even: bool
+    is_exact: bool = True
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -63,14 +70,23 @@ def run_to(
     stream: Location,
     leaves: frozenset[str],
     change: Callable[[Tensor], Tensor] | None = None,
+    held: HeldStatistics | None = None,
 ) -> tuple[Tensor, dict[str, LinearCall], list[LinearCall]]:
     """Run the cut model up to a stream.
+
+    Args:
+        cut, call: the model and its arguments.
+        stream: where the run ends.
+        leaves, change: see `Watching`.
+        held: what norms use for statistics; filled in if this is the first run with it.
 
     Returns:
         The stream, the calls whose results are leaves, by the names of their weights, and all
         calls of linear operations in order.
     """
-    watching = Watching(names_of(cut.model), leaves, change)
+    if held is not None:
+        held.rewind()
+    watching = Watching(names_of(cut.model), leaves, change, held)
     with torch.enable_grad(), watching:
         value = cut.value(call, stream)
     calls = {seen.weight: seen for seen in watching.calls if seen.weight in leaves}
@@ -85,25 +101,55 @@ def watched(cut: Inspected, call: Call) -> Watching:
     return watching
 
 
-def which_reach(
+def rounds_for(
     cut: Inspected, call: Call, stream: Location, uses: Mapping[str, int]
-) -> list[Reach]:
+) -> list[list[Reach]]:
     """Return the operations that a gap can be fitted with, of weights that nothing else reads.
 
-    One, if it reaches the whole stream. Where several do, that behind most other linear operations
-    (the end of a branch goes before a projection beside it), and of these that with the most
-    numbers to fit for each output. Else as many as reach parts of it (concatenated branches).
+    A round is what is fitted together, and rounds are fitted one after the other. One round, of
+    one operation, if there is one that reaches the whole stream. Where several do, that behind most
+    other linear operations (the end of a branch goes before a projection beside it), and of these
+    that with the most numbers to fit for each output. Else as many as reach parts of it
+    (concatenated branches).
+
+    Behind a norm of positions: its weight and bias, then the operation in front of it, and, since
+    that one changes what the norm is given, weight and bias once more.
     """
-    value, _, calls = run_to(cut, call, stream, frozenset())
-    if not value.is_floating_point():
-        return []
+    whole, parts = _found(cut, call, stream, uses, None)
+    if whole or sum(part.share for part in parts) > _WHOLE:
+        return [whole[:1] or list(_apart(parts))]
+    behind, _ = _found(cut, call, stream, uses, HeldStatistics())
+    norms = [one for one in behind if one.operation.layout == "channels" and one.is_exact]
+    others = [one for one in behind if one.operation.layout != "channels"]
+    if not norms and not others:
+        return [list(_apart(parts))] if parts else []
+    return [[one] for one in (*norms[:1], *others[:1], *(norms[:1] if others else ()))]
+
+
+def statistics_for(reaches: Sequence[Reach]) -> HeldStatistics | None:
+    """Return where norms keep their statistics, if one of these operations needs them held."""
+    needs = any(not one.is_exact or one.operation.layout == "channels" for one in reaches)
+    return HeldStatistics() if needs else None
+
+
+def _found(
+    cut: Inspected,
+    call: Call,
+    stream: Location,
+    uses: Mapping[str, int],
+    held: HeldStatistics | None,
+) -> tuple[list[Reach], list[Reach]]:
+    """Return what reaches the whole of a stream, the best first, and what reaches parts of it."""
+    value, _, calls = run_to(cut, call, stream, frozenset(), held=held)
+    if not value.is_floating_point() or (held is not None and held.is_empty):
+        return [], []
     own = [seen for seen in calls if all(uses[n] == 1 for n in (seen.weight, seen.bias) if n)]
     candidates = [seen.weight for seen in reversed(own)][:_MOST]
     whole: list[Reach] = []
     parts: list[Reach] = []
     failed = 0
     for weight in candidates:
-        found = _try(cut, call, stream, weight)
+        found = _try(cut, call, stream, weight, held)
         if found is None:
             failed += 1
         else:
@@ -112,10 +158,13 @@ def which_reach(
         if failed > _FURTHER and (whole or sum(part.share for part in parts) > _WHOLE):
             break
     if len(whole) < 2:
-        return whole or list(_apart(parts))
-    _, _, calls = run_to(cut, call, stream, frozenset({calls[0].weight}))
+        return whole, parts
+    _, _, calls = run_to(cut, call, stream, frozenset({calls[0].weight}), held=held)
     levels = _levels(calls)
-    return [max(whole, key=lambda one: (levels[one.operation.weight], _columns(cut.model, one)))]
+    whole.sort(
+        key=lambda one: (levels[one.operation.weight], _columns(cut.model, one)), reverse=True
+    )
+    return whole, parts
 
 
 def _levels(calls: list[LinearCall]) -> dict[str, int]:
@@ -150,15 +199,17 @@ def _apart(parts: list[Reach]) -> Iterator[Reach]:
             yield part
 
 
-def _try(cut: Inspected, call: Call, stream: Location, weight: str) -> Reach | None:
-    value, seen, _ = run_to(cut, call, stream, frozenset({weight}))
+def _try(
+    cut: Inspected, call: Call, stream: Location, weight: str, held: HeldStatistics | None
+) -> Reach | None:
+    value, seen, _ = run_to(cut, call, stream, frozenset({weight}), held=held)
     operation = seen[weight]
     leaf = operation.returned
     assert leaf is not None
     if not Tail.reaches(value, leaf):
         return None
     try:
-        return _measured(cut, call, stream, operation, leaf, value)
+        return _measured(cut, call, stream, operation, leaf, value, held)
     except RuntimeError as error:
         raise_if_out_of_memory(error)
         # What has no second derivative is not linear.
@@ -166,7 +217,13 @@ def _try(cut: Inspected, call: Call, stream: Location, weight: str) -> Reach | N
 
 
 def _measured(
-    cut: Inspected, call: Call, stream: Location, operation: LinearCall, leaf: Tensor, value: Tensor
+    cut: Inspected,
+    call: Call,
+    stream: Location,
+    operation: LinearCall,
+    leaf: Tensor,
+    value: Tensor,
+    held: HeldStatistics | None,
 ) -> Reach | None:
     tail = Tail(value, leaf)
     spread = leaf.detach().double().std().nan_to_num().to(leaf.dtype).clamp_min(1e-3)
@@ -178,8 +235,13 @@ def _measured(
 
     one, other = signs(), signs()
     moved = tail.forward(one)
-    changed, _, _ = run_to(cut, call, stream, frozenset({operation.weight}), lambda y: one)
-    if not _close(changed - value, moved, value):
+
+    def changes(held: HeldStatistics | None) -> bool:
+        leaves = frozenset({operation.weight})
+        changed, _, _ = run_to(cut, call, stream, leaves, lambda y: one, held)
+        return _close(changed - value, moved, value)
+
+    if not changes(held):
         return None
     squares = tail.backward(moved) / one
     if not _close(tail.backward(tail.forward(other)) / other, squares, squares):
@@ -204,6 +266,7 @@ def _measured(
         torch.where(reached, scales, 0.0),
         share,
         is_even=bool(uneven < _ROUNDING * torch.finfo(leaf.dtype).eps),
+        is_exact=held is None or changes(HeldStatistics()),
     )
 
 

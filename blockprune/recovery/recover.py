@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from typing import Any, Final
 
@@ -14,11 +15,12 @@ from blockprune.batches import first_inputs
 from blockprune.blocks import BlockAnalysis, find_blocks
 from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
 from blockprune.losses import LossFunction
-from blockprune.recovery.data import Batches, MaskFunction, Masks
+from blockprune.recovery.data import Batches, MaskFunction
 from blockprune.recovery.distill import Run, distilled
 from blockprune.recovery.distillation import Distillation, OnProgress
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
+from blockprune.recovery.masks import Masks
 from blockprune.recovery.networks import networks_of
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.running_statistics import recalibrate_norms
@@ -78,8 +80,11 @@ def recover(
     with h the stream of the dense model, u that of the ticket, Z what the operation reads, P0 its
     weight and A what lies between it and the stream. Gaps are fitted in order of execution, each on
     the stream as the earlier ones left it. No label is needed; no layer is added; names, shapes and
-    the number of parameters stay. A gap that no linear operation reaches is left as it is. The
-    method "distill" trains all weights instead, towards the outputs of the dense model and its
+    the number of parameters stay. Behind a layer or RMS norm (post-norm layers), A holds the norm's
+    statistics; the norm's weight and bias are fitted as well, and what the stream becomes is
+    measured. A gap that no linear operation reaches is left as it is.
+
+    The method "distill" trains all weights instead, towards the outputs of the dense model and its
     stream; after "refit" it starts close to them.
 
     Args:
@@ -96,7 +101,8 @@ def recover(
             differ as the data do (other photos, other texts), or a small ridge looks too good.
         max_batches: at most so many batches are read; None: all.
         mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
-            each position. None: the argument `attention_mask`, where there is one of that shape.
+            each position. None: the argument `attention_mask`, where there is one of that shape;
+            for the decoder of an encoder-decoder `decoder_attention_mask`.
         in_place: change the ticket itself, which saves the memory of a copy.
         recipe: of "distill".
         loss_fn: of the labels, where the recipe gives them a weight: `(outputs, targets) ->
@@ -139,7 +145,7 @@ def recover(
     record = _record(ticket)
     example, data = first_inputs(dense_model, data)
     batches = Batches(dense_model, data, max_batches)
-    masks = Masks(dense_model, mask_fn)
+    masks = Masks(inspect.signature(dense_model.forward), mask_fn)
     with memory_errors():
         result = ticket if in_place else copy_model(ticket)
         if method == "norms":
@@ -228,7 +234,7 @@ def _trained(ticket: nn.Module, record: TicketRecord) -> frozenset[str]:
     """Return the names, in the dense model, of the parameters that require gradients."""
     return frozenset(
         translated(name, record.renamed)
-        for name, parameter in ticket.named_parameters()
+        for name, parameter in ticket.named_parameters(remove_duplicate=False)
         if parameter.requires_grad
     )
 

@@ -12,21 +12,23 @@ which the earlier fits have left.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from blockprune.blocks import BlockAnalysis, Cut, by_flow
-from blockprune.recovery.data import Batches, Masks
+from blockprune.recovery.data import Batches
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.gaps import Gap
+from blockprune.recovery.masks import Masks
 from blockprune.recovery.networks import networks_of
 from blockprune.recovery.operations import Watching
 from blockprune.recovery.passes import Inspected
-from blockprune.recovery.reach import Reach, names_of
+from blockprune.recovery.reach import Reach, names_of, statistics_for
 from blockprune.recovery.sums import Seen, Sums
-from blockprune.recovery.work import Work
+from blockprune.recovery.work import Weigh, Work
 from blockprune.surgery import cuts_of
 from blockprune.tracing import Call, aliased_copy
 
@@ -43,6 +45,7 @@ class _Ticket:
     cuts: Sequence[Cut]
     gap: Gap
     reaches: Sequence[Reach]
+    weigh: Weigh
     sums: Sums
     held_out: Sums
 
@@ -72,7 +75,7 @@ class Refits:
         self._dense_model, self._analysis = dense_model, analysis
         self._batches, self._example = batches, example
         self._max_bytes = max_bytes
-        self._masks = Masks(dense_model, None)
+        self._masks = Masks(inspect.signature(dense_model.forward), None)
 
     def of(self, removals: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, nn.Module]]:
         """Yield each name, and the dense model without the blocks that it stands for, refitted.
@@ -97,12 +100,17 @@ class Refits:
                 yield name, work.cut.model
                 continue
             [gap] = gaps
-            reaches = work.reaches(gap, self._example)
-            if not reaches:
+            rounds = work.rounds(gap, self._example)
+            if len(rounds) > 1 or statistics_for(rounds[0]) is not None:
+                work.recovered(gap, self._example, _REFIT, None)
                 yield name, work.cut.model
                 continue
-            sums, held_out = (Sums.zeros(self._dense_model, reaches) for _ in range(2))
-            waiting.append(_Ticket(name, cuts, gap, reaches, sums, held_out))
+            if not rounds[0]:
+                yield name, work.cut.model
+                continue
+            weigh = work.weighing(gap, self._example, rounds)
+            sums, held_out = (Sums.zeros(self._dense_model, rounds[0]) for _ in range(2))
+            waiting.append(_Ticket(name, cuts, gap, rounds[0], weigh, sums, held_out))
             if sum(2 * ticket.sums.nbytes for ticket in waiting) > self._max_bytes:
                 yield from self._together(waiting)
                 waiting = []
@@ -113,15 +121,16 @@ class Refits:
             self._see(tickets)
         for ticket in tickets:
             work = self._work(ticket.cuts)
-            work.fitted(
-                ticket.gap,
-                self._example,
-                ticket.reaches,
-                ticket.sums,
-                ticket.held_out,
-                _REFIT,
-                None,
-            )
+            for reach in ticket.reaches:
+                work.fitted(
+                    ticket.gap,
+                    self._example,
+                    reach,
+                    ticket.sums,
+                    ticket.held_out,
+                    _REFIT,
+                    None,
+                )
             yield ticket.name, work.cut.model
 
     def _see(self, tickets: Sequence[_Ticket]) -> None:
@@ -137,10 +146,10 @@ class Refits:
             with torch.enable_grad(), watching:
                 values = dense.values(call, *places)
             calls = {seen.weight: seen for seen in watching.calls if seen.weight in leaves}
-            mask = self._masks.of(call)
             for ticket in tickets:
                 [stream], [target] = values[ticket.gap.stream], values[ticket.gap.target]
-                ticket.add(Seen(stream, target, calls, mask), is_held_out=is_held_out)
+                seen = Seen(stream, target, calls, ticket.weigh(target, call))
+                ticket.add(seen, is_held_out=is_held_out)
 
     def _work(self, cuts: Sequence[Cut]) -> Work:
         networks = networks_of(self._dense_model, self._analysis, cuts)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.errors import RecoveryError
-from blockprune.recovery.data import weights_of
 from blockprune.recovery.folding import start_of
 from blockprune.recovery.gaps import Gap
 from blockprune.recovery.gram import Gram
@@ -28,13 +27,13 @@ class Seen:
         stream: as the ticket computes it, from the results of the operations.
         target: what the dense model has there.
         calls: of the operations, by the names of their weights; their results are leaves.
-        mask: of the positions; see `weights_of`.
+        weights: what each number of the stream counts.
     """
 
     stream: Tensor
     target: Tensor
     calls: Mapping[str, LinearCall]
-    mask: Tensor | None
+    weights: Tensor
 
 
 @dataclasses.dataclass
@@ -78,14 +77,12 @@ class Sums:
                 f"the stream at {', '.join(gap.blocks)} has numbers that are not finite, on these "
                 "data. Leave out the samples that cause it, or use a wider precision."
             )
-        is_sequence = all(reach.operation.layout != "convolution" for reach in reaches)
-        weights = weights_of(wanted, seen.mask, is_sequence=is_sequence)
-        self.error += _squares(missing, weights)
-        self.size += _squares(wanted, weights)
+        self.error += _squares(missing, seen.weights)
+        self.size += _squares(wanted, seen.weights)
         for reach in reaches:
             operation = seen.calls[reach.operation.weight]
             gram = self.grams[operation.weight]
-            for inputs, goal, shares in _rows(reach, operation, stream, missing, weights):
+            for inputs, goal, shares in _rows(reach, operation, stream, missing, seen.weights):
                 gram.add(inputs, goal, shares)
 
 
