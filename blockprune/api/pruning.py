@@ -87,9 +87,9 @@ def prune(
         preserve_root: keep the root module's class and methods; see `remove_blocks`.
         leaf_modules: modules that are called and not looked into: classes, names of classes, or
             `fnmatch` patterns of qualified names.
-        recover: a method of `blockprune.recover` ("refit", "map", "scale", "moments" or
-            "norms"), which makes up for what has gone with the same data and `max_batches`. None:
-            the ticket is exactly the dense model without these branches.
+        recover: a method of `blockprune.recover` ("refit", "map", "scale", "moments", "norms" or
+            "distill", with its default recipe), which makes up for what has gone with the same data
+            and `max_batches`. None: the ticket is exactly the dense model without these branches.
 
     Returns:
         A `torch.fx.GraphModule` where the model traces as a whole, else a copy of the model whose
