@@ -123,7 +123,7 @@ def first_inputs(model: nn.Module, data: Any) -> tuple[Call, Any]:
             looked_at = data
         batch = next(batches_of(model, looked_at, device_of(model)), None)
     if batch is None:
-        raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
+        raise DataError("The data is empty: at least one batch is needed.")
     return example_of(model, batch), data
 
 

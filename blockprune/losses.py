@@ -14,7 +14,15 @@ from torch.nn import functional
 from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
 from blockprune.tracing import tensors_in
 
-__all__ = ["LossFunction", "class_axis", "cross_entropy", "divided", "main_output", "own_loss"]
+__all__ = [
+    "LossFunction",
+    "class_axis",
+    "cross_entropy",
+    "divided",
+    "loss_of",
+    "main_output",
+    "own_loss",
+]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -76,6 +84,38 @@ def own_loss(outputs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
 
 
+def loss_of(loss_fn: LossFunction | None, outputs: Any, targets: Any) -> Tensor:
+    """Return the loss of what a model returned, a tensor of one element.
+
+    Args:
+        loss_fn: the user's; None: the loss that the model returns itself, having been given labels
+            among its inputs, else cross entropy of its main output.
+        outputs: the model's.
+        targets: of the batch.
+
+    Raises:
+        CriterionError: the loss function fails, or returns something else; or there are no labels
+            for the default loss.
+        DataError: the targets do not suit the default loss.
+    """
+    if loss_fn is None:
+        loss = own_loss(outputs)
+        return cross_entropy(main_output(outputs), targets) if loss is None else loss
+    try:
+        loss = loss_fn(outputs, targets)
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise CriterionError(
+            f"loss_fn failed on an output of type {type(outputs).__name__}: "
+            f"{type(error).__name__}: {error}. "
+            "It is called as loss_fn(outputs, targets), with what the model returns."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise CriterionError(f"The loss must be a tensor of one element, not {found}.")
+    return loss
+
+
 def class_axis(logits: Tensor) -> int:
     """Return the axis of the classes where no labels tell: sequence models put them last."""
     return -1 if logits.dim() <= 3 else 1
@@ -92,7 +132,7 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
         raise CriterionError(
             "The loss is cross entropy, which needs labels, and the batch has none. Pass data of "
             "(inputs, labels) pairs; inputs with which the model computes a loss of its own; a "
-            "loss_fn; or take a criterion that reads no labels."
+            "loss_fn; or take a criterion or a recipe that reads no labels."
         )
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
         found = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__

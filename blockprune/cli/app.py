@@ -283,9 +283,12 @@ Samples = Annotated[
         help="Images that a recovery reads, about; default 512, and all for distill.",
     ),
 ]
-Epochs = Annotated[int, typer.Option(metavar="N", min=1, help="Of distill.")]
+Epochs = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Passes over the data of distill; default 1.")
+]
 LearningRate = Annotated[
-    float, typer.Option("--lr", metavar="X", min=0, help="Highest learning rate of distill.")
+    float | None,
+    typer.Option("--lr", metavar="X", min=0, help="Highest rate of distill; default 0.001."),
 ]
 LoraRank = Annotated[
     int | None,
@@ -365,8 +368,8 @@ def prune(
         typer.Option(help="Make up for what has gone, with images of --data."),
     ] = None,
     samples: Samples = None,
-    epochs: Epochs = 1,
-    lr: LearningRate = 1e-3,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
     lora_rank: LoraRank = None,
     checkpoint: CheckpointFile = None,
     seed: Seed = 0,
@@ -426,8 +429,8 @@ def recover(
     force: Force = False,
     data_root: DataRoot = Path("data"),
     samples: Samples = None,
-    epochs: Epochs = 1,
-    lr: LearningRate = 1e-3,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
     lora_rank: LoraRank = None,
     checkpoint: CheckpointFile = None,
     weights: Weights = None,
@@ -457,18 +460,24 @@ def recover(
 def _recovery(
     method: RecoveryMethod,
     samples: int | None,
-    epochs: int,
-    lr: float,
+    epochs: int | None,
+    lr: float | None,
     lora_rank: int | None,
     checkpoint: Path | None,
     seed: int,
 ) -> Any:
+    given = {"--epochs": epochs, "--lr": lr, "--lora-rank": lora_rank, "--checkpoint": checkpoint}
+    for option, value in given.items():
+        if value is not None and method is not RecoveryMethod.distill:
+            raise typer.BadParameter(f"{option} is for distill, and the method is {method.value}.")
+    if lr == 0:
+        raise typer.BadParameter("--lr is above 0.")
     from blockprune.cli.recover import Recovery
     from blockprune.recovery import Distillation
 
-    if lr == 0:
-        raise typer.BadParameter("--lr is above 0.")
-    recipe = Distillation(epochs=epochs, lr=lr, lora_rank=lora_rank, seed=seed)
+    recipe = None
+    if method is RecoveryMethod.distill:
+        recipe = Distillation(epochs=epochs or 1, lr=lr or 1e-3, lora_rank=lora_rank, seed=seed)
     return Recovery(method.value, samples, recipe, checkpoint)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.progress import BarColumn, TextColumn
 from torch import Tensor, nn
 
 from blockprune.cli.batches import NamedImages
 from blockprune.cli.models import ModelSource
-from blockprune.cli.output import print_json, print_line, print_table, working
+from blockprune.cli.output import INTERRUPTED, print_json, print_line, print_table, working
 from blockprune.cli.progress import Bar
 from blockprune.errors import RecoveryError
 from blockprune.recovery import Distillation, Progress, recover, recovery_of
@@ -24,6 +26,8 @@ __all__ = ["Recovery", "accuracies", "images_for", "print_recovery", "recovered"
 
 BATCH = 64
 """Images of a batch; every fourth is held out."""
+CHANCES = 1.5
+"""A network that is right not so many times as often as guessing has learned nothing."""
 FITTED_TO = 512
 """Images that a closed form reads where nobody says how many."""
 
@@ -35,13 +39,13 @@ class Recovery:
     Attributes:
         method: of `blockprune.recover`.
         samples: how many training images are read; None: 512, or all for "distill".
-        recipe: of "distill".
+        recipe: of "distill"; None for other methods.
         checkpoint: its file.
     """
 
     method: str
     samples: int | None = None
-    recipe: Distillation = Distillation()  # noqa: RUF009 (it is frozen)
+    recipe: Distillation | None = None
     checkpoint: Path | None = None
 
 
@@ -66,22 +70,32 @@ def recovered(
     """Return the ticket, recovered in place, and show how far it is."""
     bar = Bar(BarColumn(), TextColumn("{task.fields[loss]}"), only_on_terminals=True)
     bar.update(description=f"Recovering by {recovery.method}", loss="")
-    with bar:
+    reached: list[Progress] = []
+    try:
+        with bar:
+            return recover(
+                ticket,
+                dense,
+                _batches(images, recovery),
+                recovery.method,
+                in_place=True,
+                recipe=recovery.recipe,
+                checkpoint=recovery.checkpoint,
+                on_progress=lambda progress: _show(bar, reached, progress),
+            )
+    except KeyboardInterrupt as error:
+        step = f" at {reached[-1].done} of {reached[-1].total}" if reached else ""
+        kept = "nothing was kept"
+        if recovery.checkpoint is not None and recovery.checkpoint.exists():
+            kept = f"the same command goes on from {recovery.checkpoint}"
+        typer.echo(f"Interrupted{step}; {kept}.", err=True)
+        raise typer.Exit(INTERRUPTED) from error
 
-        def show(progress: Progress) -> None:
-            loss = "" if progress.loss is None else f"loss {progress.loss:.4f}"
-            bar.update(completed=progress.done, total=progress.total, loss=loss)
 
-        return recover(
-            ticket,
-            dense,
-            _batches(images, recovery),
-            recovery.method,
-            in_place=True,
-            recipe=recovery.recipe,
-            checkpoint=recovery.checkpoint,
-            on_progress=show,
-        )
+def _show(bar: Bar, reached: list[Progress], progress: Progress) -> None:
+    reached[:] = [progress]
+    loss = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+    bar.update(completed=progress.done, total=progress.total, loss=loss)
 
 
 def _batches(images: NamedImages, recovery: Recovery) -> Iterable[tuple[Tensor, Tensor]]:
@@ -100,7 +114,17 @@ def accuracies(images: NamedImages, **models: nn.Module) -> dict[str, float]:
     Empty where their outputs are no scores of the classes of the data set.
     """
     found = {name: images.accuracy(model) for name, model in models.items()}
-    return {name: share for name, share in found.items() if share is not None}
+    shares = {name: share for name, share in found.items() if share is not None}
+    chance = 1 / images.data.num_classes
+    if shares.get("dense", 1) < CHANCES * chance:
+        warnings.warn(
+            f"the dense network recognises {100 * shares['dense']:.1f} % of the test images, about "
+            "what guessing does. Give it its trained weights (--weights), and images as it was "
+            "trained on (--input-shape).",
+            UserWarning,
+            stacklevel=2,
+        )
+    return shares
 
 
 def print_recovery(record: RecoveryRecord, accuracy: Mapping[str, float]) -> None:
@@ -119,7 +143,7 @@ def print_recovery(record: RecoveryRecord, accuracy: Mapping[str, float]) -> Non
         for gap in record.gaps
     ]
     if rows:
-        header = ("removed", "weights", "residual", "recovered")
+        header = ("removed", "weights", "residual", "after")
         print_table(header, rows, numeric=header[2:])
     if accuracy:
         shares = ((name, f"{100 * share:.1f}") for name, share in accuracy.items())
@@ -154,7 +178,9 @@ def run(
         dense, inputs = source.load()
         ticket: nn.Module = load_ticket(dense, ticket_file)
         images = images_for(data, inputs, root=data_root, seed=source.seed)
-        accuracy = accuracies(images, dense=dense, cut=ticket)
+        # A ticket that is recovered already is no longer only cut.
+        given = "cut" if recovery_of(ticket) is None else "ticket"
+        accuracy = accuracies(images, **{"dense": dense, given: ticket})
     recovered(ticket, dense, images, recovery)
     with working("Measuring ..."):
         accuracy |= accuracies(images, recovered=ticket)

@@ -21,7 +21,7 @@ from blockprune.batches import Batch, Replay, batches_of
 from blockprune.blocks import BlockAnalysis, ResidualBlock
 from blockprune.criteria.passes import Passes
 from blockprune.errors import CriterionError, DataError, raise_if_out_of_memory
-from blockprune.losses import LossFunction, cross_entropy, divided, main_output, own_loss
+from blockprune.losses import LossFunction, divided, loss_of, main_output
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.tracing import Call, aliased_copy, copy_model, tensors_in
 
@@ -183,7 +183,7 @@ class ScoringContext:
         """
         batch = next(self.batches, None)
         if batch is None:
-            raise DataError("The data is empty: scoring needs at least one (inputs, targets) pair.")
+            raise DataError("The data is empty: at least one batch is needed.")
         if len(batch) == 0:
             raise DataError("The first batch holds no sample.")
         return batch
@@ -236,23 +236,7 @@ class ScoringContext:
         """
         if temperature != 1.0:
             outputs = divided(outputs, temperature)
-        if self._loss_fn is None:
-            loss = own_loss(outputs)
-            if loss is None:
-                loss = cross_entropy(main_output(outputs), targets)
-        else:
-            try:
-                loss = self._loss_fn(outputs, targets)
-            except Exception as error:
-                raise_if_out_of_memory(error)
-                raise CriterionError(
-                    f"loss_fn failed on an output of type {type(outputs).__name__}: "
-                    f"{type(error).__name__}: {error}. "
-                    "It is called as loss_fn(outputs, targets), with what the model returns."
-                ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise CriterionError(f"The loss must be a tensor of one element, not {found}.")
+        loss = loss_of(self._loss_fn, outputs, targets)
         if not bool(torch.isfinite(loss)):
             raise CriterionError(
                 f"The loss is {loss.item()} on the scoring batch, so no score can be had from it. "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from blockprune.recovery.distillation import Distillation, Progress
-from blockprune.recovery.recover import METHODS, check_method, recover, recovery_of
+from blockprune.recovery.methods import METHODS, check_method
+from blockprune.recovery.recover import recover, recovery_of
 from blockprune.recovery.running_statistics import recalibrate_norms
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -64,7 +65,9 @@ def add_adapters(model: nn.Module, rank: int, layers: Sequence[str]) -> None:
             "lora_rank asks for adapters of linear layers, and the model calls none. Leave it out "
             "to train all weights."
         )
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers))
+    # A list would be taken for endings of names.
+    pattern = "|".join(map(re.escape, layers))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern)
     try:
         with warnings.catch_warnings():
             # It says that it does what is right for a layer whose weight has the inputs first.

@@ -94,10 +94,13 @@ class Batches:
     def inputs(self) -> Iterator[Any]:
         """Yield the batches as `recalibrate_norms` takes them."""
         for call, _ in self:
-            yield call, None
+            # A forward may write into them.
+            yield call.map(lambda tensor: tensor.clone()), None
 
 
-def weights_of(stream: Tensor, mask: Tensor | None, *, is_sequence: bool) -> Tensor:
+def weights_of(
+    stream: Tensor, mask: Tensor | None, *, is_sequence: bool, with_sinks: bool = False
+) -> Tensor:
     """Return what each number of a stream counts, in a shape that broadcasts to it.
 
     Positions where the mask is zero count nothing. Nor do positions whose stream is many times as
@@ -108,12 +111,15 @@ def weights_of(stream: Tensor, mask: Tensor | None, *, is_sequence: bool) -> Ten
         stream: (samples, positions, channels) where it is a sequence; else anything.
         mask: (samples, positions), or None. One of another shape belongs to another sequence.
         is_sequence: whether channels come last.
+        with_sinks: let those count as well.
     """
     weights = torch.ones((1,) * stream.dim(), dtype=stream.dtype, device=stream.device)
     if not is_sequence or stream.dim() != 3:
         return weights
     if mask is not None and mask.shape == stream.shape[:2]:
         weights = weights * mask.to(weights)[..., None]
+    if with_sinks:
+        return weights
     lengths = stream.detach().double().norm(dim=-1)
     counted = lengths[(weights[..., 0] > 0).expand_as(lengths)]
     if counted.numel():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +17,12 @@ from blockprune.errors import RecoveryError, TrainingDivergedError
 from blockprune.losses import LossFunction
 from blockprune.randomness import preserved_rng, seed_rng
 from blockprune.recovery.adapters import add_adapters, layers_in, merge_adapters
-from blockprune.recovery.checkpoint import Checkpoint, key_of
+from blockprune.recovery.checkpoint import Checkpoint, code_of, key_of
 from blockprune.recovery.data import Batches
 from blockprune.recovery.distillation import Distillation, OnProgress, Progress
 from blockprune.recovery.folding import tensors_of
 from blockprune.recovery.gaps import Location
-from blockprune.recovery.masks import Masks
+from blockprune.recovery.masks import NOTHING_COUNTS, Masks
 from blockprune.recovery.networks import Networks, gaps_in, merges_in
 from blockprune.recovery.optimiser import Optimiser
 from blockprune.recovery.pair import Pair
@@ -35,7 +37,7 @@ class Run:
     """What surrounds a distillation.
 
     Attributes:
-        loss_fn: of the labels; None: cross entropy.
+        loss_fn: of the labels; None: see `loss_of`.
         accelerator: device and mixed precision; None: those of the model.
         checkpoint: the file that it writes now and then, and goes on from if it exists.
         on_progress: called after each step.
@@ -78,11 +80,11 @@ def distilled(
     places = streams | {merge: merge for merge in merges_in(networks, call, found)}
     pair = Pair(networks, places, masks, call, recipe, run.loss_fn, run.accelerator)
     model = networks.cut.model
-    before, steps = _residuals(pair, streams, batches, recipe)
+    before, steps, digest = _residuals(pair, streams, batches, recipe)
     checkpoint = None
     if run.checkpoint is not None:
-        key = _key(networks, batches, recipe, run, steps)
-        checkpoint = Checkpoint(run.checkpoint, key)
+        keys = _keys(networks, trained, masks, recipe, run, digest)
+        checkpoint = Checkpoint(run.checkpoint, keys)
     if recipe.lora_rank is not None:
         with preserved_rng():
             seed_rng(_seed(recipe, 0))
@@ -99,7 +101,7 @@ def distilled(
     if recipe.lora_rank is not None:
         merge_adapters(model)
     model.eval().requires_grad_(False)
-    after, _ = _residuals(pair, streams, batches, recipe)
+    after, *_ = _residuals(pair, streams, batches, recipe)
     return tuple(
         GapRecord(
             blocks=gap.blocks,
@@ -153,54 +155,66 @@ def _train(
                     run.on_progress(Progress(done=step + 1, total=total, loss=value))
 
 
-def _key(
+def _keys(
     networks: Networks,
-    batches: Batches,
+    trained: frozenset[str],
+    masks: Masks,
     recipe: Distillation,
     run: Run,
-    steps: int,
-) -> str:
-    """Return a hash of what the training depends on; of the data, of their first batch."""
-    loss, accelerator = run.loss_fn, run.accelerator
-    described = {
+    digest: str,
+) -> dict[str, str]:
+    """Return hashes of what the training depends on, by what it is."""
+    accelerator = run.accelerator
+    described: dict[str, dict[str, Any]] = {
+        "ticket": {
+            "removed": [block for gap in networks.gaps for block in gap.blocks],
+            "trained": sorted(trained),
+        },
+        "dense model": {},
         "recipe": recipe.model_dump(),
-        "removed": [block for gap in networks.gaps for block in gap.blocks],
-        "steps": steps,
-        "precision": None if accelerator is None else accelerator.mixed_precision,
-        "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "precision": {"name": None if accelerator is None else accelerator.mixed_precision},
+        "loss": {"code": code_of(run.loss_fn)},
+        "mask": {"code": code_of(masks.mask_fn)},
+        "data": {"digest": digest},
     }
-    with preserved_rng():
-        seed_rng(_seed(recipe, 0))
-        first = next(batches.parts(recipe.batch_size))
-    tensors = {f"cut/{name}": value for name, value in tensors_of(networks.cut.model).items()}
-    tensors |= {f"dense/{name}": value for name, value in tensors_of(networks.dense.model).items()}
-    of_batch = tensors_in((first.call.args, first.call.kwargs, first.targets))
-    tensors |= {f"batch/{number}": value for number, value in enumerate(of_batch)}
-    return key_of(described, tensors)
+    tensors = {
+        "ticket": tensors_of(networks.cut.model),
+        "dense model": tensors_of(networks.dense.model),
+    }
+    return {what: key_of(value, tensors.get(what, {})) for what, value in described.items()}
 
 
 def _residuals(
     pair: Pair, streams: Mapping[Location, Location], batches: Batches, recipe: Distillation
-) -> tuple[dict[Location, float], int]:
-    """Return what each stream lacks, as a share of the squares of its target, and the batches read.
+) -> tuple[dict[Location, float], int, str]:
+    """Return what each stream lacks, as a share of the squares of its target.
+
+    Returns:
+        That, the number of batches, and a hash of all of them in the order of the first epoch.
 
     Raises:
-        RecoveryError: activations that are not finite.
+        RecoveryError: activations that are not finite, or no position that counts.
     """
     sums: dict[Location, Tensor] = {own: torch.zeros(2, dtype=torch.float64) for own in streams}
-    count = 0
-    for batch in batches.parts(recipe.batch_size):
-        count += 1
-        for own, found in pair.missing(batch, streams).items():
-            sums[own] += found.double().cpu()
+    count, digest = 0, hashlib.blake2b(digest_size=32)
+    with preserved_rng():
+        seed_rng(_seed(recipe, 0))
+        for batch in batches.parts(recipe.batch_size):
+            count += 1
+            of_batch = tensors_in((batch.call.args, batch.call.kwargs, batch.targets))
+            numbered = {str(number): value for number, value in enumerate(of_batch)}
+            digest.update(key_of({}, numbered).encode())
+            for own, found in pair.missing(batch, streams).items():
+                sums[own] += found.double().cpu()
     if not all(bool(found.isfinite().all()) for found in sums.values()):
         raise RecoveryError(
             "the stream has numbers that are not finite, on these data. Leave out the samples that "
             "cause it, or use a wider precision."
         )
-    return {
-        own: float(error / size.clamp_min(1e-300)) for own, (error, size) in sums.items()
-    }, count
+    if not all(bool(size > 0) for _, size in sums.values()):
+        raise RecoveryError(NOTHING_COUNTS)
+    shares = {own: float(error / size) for own, (error, size) in sums.items()}
+    return shares, count, digest.hexdigest()
 
 
 def _seed(recipe: Distillation, step: int) -> int:

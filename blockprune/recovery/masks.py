@@ -15,11 +15,12 @@ from torch import Tensor
 
 from blockprune.errors import RecoveryError, raise_if_out_of_memory
 from blockprune.recovery.data import MaskFunction
-from blockprune.tracing import Call
+from blockprune.tracing import Call, tensors_in
 
-__all__ = ["Masks"]
+__all__ = ["NOTHING_COUNTS", "Masks"]
 
 _MASK = "attention_mask"
+NOTHING_COUNTS = "no position counts: mask_fn, or the attention mask, gives all of them weight 0."
 
 
 class Masks:
@@ -28,10 +29,13 @@ class Masks:
     Args:
         signature: of its forward.
         mask_fn: see `recover`; it goes before all arguments.
+
+    Attributes:
+        mask_fn: the same.
     """
 
     def __init__(self, signature: inspect.Signature, mask_fn: MaskFunction | None) -> None:
-        self._signature, self._mask_fn = signature, mask_fn
+        self._signature, self.mask_fn = signature, mask_fn
         names = list(signature.parameters)
         prefixes = {name.removesuffix(_MASK) for name in names if name.endswith(_MASK)} - {""}
         # Those with something else than a mask: a sequence of their own.
@@ -48,7 +52,7 @@ class Masks:
             call: arguments of the model.
             run: returns the stream for arguments.
         """
-        if self._mask_fn is not None or not self._prefixes:
+        if self.mask_fn is not None or not self._prefixes:
             return _MASK
         stream = run(call)
         for prefix in (*self._prefixes, ""):
@@ -70,13 +74,24 @@ class Masks:
         Raises:
             RecoveryError: what the user's function returns is none.
         """
-        if self._mask_fn is None:
+        if self.mask_fn is None:
             found = self._signature.bind(*call.args, **call.kwargs).arguments
             mask = None if name is None else found.get(name, call.kwargs.get(name))
             return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        mask = self._mask_fn(call)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise RecoveryError("mask_fn returns a tensor (samples, positions) of weights.")
+        mask = self.mask_fn(call)
+        samples = {len(tensor) for tensor in tensors_in((call.args, call.kwargs)) if tensor.dim()}
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) not in samples:
+            what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(type(mask))
+            raise RecoveryError(
+                "mask_fn is given the call of the model (call.args, call.kwargs) and returns a "
+                f"tensor (samples, positions) of weights, not {what}. For example: "
+                "lambda call: call.kwargs['input_ids'] != 0."
+            )
+        if mask.is_complex() or not bool((mask >= 0).all()):
+            raise RecoveryError(
+                "mask_fn returns weights of positions, which are numbers of at least 0; these are "
+                f"{mask.dtype}, and some are negative or no numbers."
+            )
         return mask
 
     def _shortened(self, call: Call, prefix: str, stream: Tensor) -> Call | None:

@@ -38,6 +38,8 @@ _AT_ONCE = 2**20
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _LOOKING = frozenset({"__get__", "__len__", "dim", "is_floating_point", "numel", "size"})
 """Functions that look at a tensor and not at its numbers."""
+_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+"""Attributes that are the numbers themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,12 @@ class NormCall:
     mean: str | None
     variance: str | None
     eps: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what it has."""
+        found = (self.weight, self.bias, self.mean, self.variance)
+        return tuple(name for name in found if name is not None)
 
 
 @dataclasses.dataclass
@@ -177,7 +185,7 @@ class Watching(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _LOOKING:
+        if not _only_looks(func):
             own = map(self._name, tensors_in((args, kwargs)))
             self.uses.update({name for name in own if name is not None})
         if func is F.linear or func in _CONVOLUTIONS:
@@ -295,6 +303,11 @@ class Watching(TorchFunctionMode):
 
     def _name(self, tensor: Tensor | None) -> str | None:
         return None if tensor is None else self.names.get(id(tensor))
+
+
+def _only_looks(func: Callable[..., Any]) -> bool:
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    return getattr(func, "__name__", "") in _LOOKING and attribute not in _VIEWS
 
 
 def _each(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from blockprune.batches import Batch
-from blockprune.losses import LossFunction, class_axis, cross_entropy, main_output
+from blockprune.losses import LossFunction, class_axis, loss_of, main_output
 from blockprune.recovery.data import weights_of
 from blockprune.recovery.distillation import Distillation
 from blockprune.recovery.gaps import Location
 from blockprune.recovery.masks import Masks
 from blockprune.recovery.networks import Networks
+from blockprune.recovery.reach import watched
 from blockprune.tracing import Call
 
 __all__ = ["Pair"]
@@ -35,7 +36,7 @@ class Pair:
         masks: which positions count.
         call: an example.
         recipe: the weights of the terms of the loss.
-        loss_fn: of the labels; None: cross entropy.
+        loss_fn: of the labels; None: see `loss_of`.
         accelerator: for its device and precision; None: those of the model.
     """
 
@@ -51,7 +52,7 @@ class Pair:
     ) -> None:
         self._dense, self._cut = networks.dense, networks.cut
         self._places, self._masks, self._recipe = places, masks, recipe
-        self._loss_fn = loss_fn or _cross_entropy
+        self._loss_fn = loss_fn
         self._accelerator = accelerator
         if accelerator is not None:
             networks.dense.model.to(accelerator.device)
@@ -60,6 +61,9 @@ class Pair:
         self._mask_of = {
             place: masks.name_for(example, partial(self._value, place=place)) for place in places
         }
+        # Channels of a convolution are no positions.
+        seen = watched(networks.cut, example).calls
+        self._with_sinks = any(one.layout == "convolution" for one in seen)
         self._mask_of_outputs = masks.name_for(example, self._output)
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
@@ -67,11 +71,23 @@ class Pair:
 
         `seed` is that of what the cut network draws.
         """
-        recipe, call = self._recipe, self._moved(batch.call)
+        call = self._moved(batch.call)
         with torch.no_grad(), self._autocast():
             wanted, targets = self._dense.outputs_and_values(call, self._places.values())
-        with torch.enable_grad(), self._autocast():
-            found, streams = self._cut.outputs_and_values(call, self._places, seed)
+        with torch.enable_grad():
+            with self._autocast():
+                found, streams = self._cut.outputs_and_values(call, self._places, seed)
+            return self._loss(batch, call, (found, streams), (wanted, targets))
+
+    def _loss(
+        self,
+        batch: Batch,
+        call: Call,
+        own_run: tuple[Any, dict[Location, list[Any]]],
+        dense_run: tuple[Any, dict[Location, list[Any]]],
+    ) -> Tensor:
+        recipe = self._recipe
+        (found, streams), (wanted, targets) = own_run, dense_run
         loss = self._outputs(call, main_output(found), main_output(wanted))
         if self._places and recipe.stream:
             terms = [
@@ -80,7 +96,7 @@ class Pair:
             ]
             loss = loss + recipe.stream * torch.stack(terms).mean()
         if recipe.labels:
-            loss = loss + recipe.labels * self._loss_fn(found, batch.targets)
+            loss = loss + recipe.labels * loss_of(self._loss_fn, found, batch.targets).reshape(())
         return loss
 
     def missing(self, batch: Batch, places: Mapping[Location, Location]) -> dict[Location, Tensor]:
@@ -109,7 +125,7 @@ class Pair:
 
     def _outputs(self, call: Call, found: Tensor, wanted: Tensor) -> Tensor:
         if self._recipe.outputs == "mse":
-            return _share(*self._missing(call, found, wanted, self._mask_of_outputs))
+            return _share(*self._missing(call, found, wanted, self._mask_of_outputs, True))
         axis, temperature = class_axis(wanted), self._recipe.temperature
         divergences = functional.kl_div(
             (_wide(found) / temperature).log_softmax(axis),
@@ -117,19 +133,27 @@ class Pair:
             reduction="none",
             log_target=True,
         ).sum(axis, keepdim=True)
-        counts = self._weights(call, wanted, self._mask_of_outputs).expand_as(divergences)
+        counts = self._weights(call, wanted, self._mask_of_outputs, True).expand_as(divergences)
         return temperature**2 * _share((counts * divergences).sum(), counts.sum())
 
     def _missing(
-        self, call: Call, found: Tensor, wanted: Tensor, mask: str | None
+        self,
+        call: Call,
+        found: Tensor,
+        wanted: Tensor,
+        mask: str | None,
+        with_sinks: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        weights, wanted = self._weights(call, wanted, mask), _wide(wanted)
+        weights = self._weights(
+            call, wanted, mask, self._with_sinks if with_sinks is None else with_sinks
+        )
+        wanted = _wide(wanted)
         error = (weights * (_wide(found) - wanted) ** 2).sum()
         return error, (weights * wanted**2).sum()
 
-    def _weights(self, call: Call, value: Tensor, mask: str | None) -> Tensor:
+    def _weights(self, call: Call, value: Tensor, mask: str | None, with_sinks: bool) -> Tensor:
         own = self._masks.of(call, mask)
-        return _wide(weights_of(value, own, is_sequence=value.dim() == 3))
+        return _wide(weights_of(value, own, is_sequence=value.dim() == 3, with_sinks=with_sinks))
 
     def _moved(self, call: Call) -> Call:
         if self._accelerator is None:
@@ -151,7 +175,3 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole.clamp_min(_TINY)
-
-
-def _cross_entropy(outputs: Any, targets: Any) -> Tensor:
-    return cross_entropy(main_output(outputs), targets)

@@ -31,8 +31,6 @@ _FURTHER = 2
 """How many operations that fail are tried behind one that reaches a gap."""
 _WHOLE = 0.999
 """What share of a stream an operation reaches at the least that reaches the whole of it."""
-_ROUNDING = 1000
-"""How many units of the last place two counts may differ by that are equal."""
 _MOST = 24
 """How many operations are tried for one gap."""
 
@@ -46,7 +44,6 @@ class Reach:
         scales: what the square of each output counts in the stream, (groups, outputs of a group);
             0 for one that does not reach it.
         share: how much of the stream it reaches.
-        is_even: whether each sample and position counts as much as any other.
         is_exact: whether the stream depends on it linearly; else only with the statistics of
             norms held.
     """
@@ -54,7 +51,6 @@ class Reach:
     operation: LinearCall
     scales: Tensor
     share: float
-    is_even: bool
     is_exact: bool = True
 
 
@@ -149,7 +145,7 @@ def _found(
     parts: list[Reach] = []
     failed = 0
     for weight in candidates:
-        found = _try(cut, call, stream, weight, held)
+        found = _try(cut, call, stream, weight, held, uses)
         if found is None:
             failed += 1
         else:
@@ -200,7 +196,12 @@ def _apart(parts: list[Reach]) -> Iterator[Reach]:
 
 
 def _try(
-    cut: Inspected, call: Call, stream: Location, weight: str, held: HeldStatistics | None
+    cut: Inspected,
+    call: Call,
+    stream: Location,
+    weight: str,
+    held: HeldStatistics | None,
+    uses: Mapping[str, int],
 ) -> Reach | None:
     value, seen, _ = run_to(cut, call, stream, frozenset({weight}), held=held)
     operation = seen[weight]
@@ -208,6 +209,9 @@ def _try(
     assert leaf is not None
     if not Tail.reaches(value, leaf):
         return None
+    if operation.norm is not None and any(uses[name] != 1 for name in operation.norm.names):
+        # Another call is normalised by it as well: it stays as it is.
+        operation = dataclasses.replace(operation, norm=None)
     try:
         return _measured(cut, call, stream, operation, leaf, value, held)
     except RuntimeError as error:
@@ -259,13 +263,11 @@ def _measured(
     if not bool((torch.where(reached.unsqueeze(1), shares - first, 0.0).abs() < 1e-2).all()):
         return None
     share = float((moved.detach() != 0).double().mean())
-    uneven = torch.where(reached.unsqueeze(1), 1 - shares, 0.0).max()
     plain = dataclasses.replace(operation, given=None, returned=None, node=None)
     return Reach(
         plain,
         torch.where(reached, scales, 0.0),
         share,
-        is_even=bool(uneven < _ROUNDING * torch.finfo(leaf.dtype).eps),
         is_exact=held is None or changes(HeldStatistics()),
     )
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blockprune.batches import first_inputs
-from blockprune.blocks import BlockAnalysis, find_blocks
-from blockprune.errors import RecoveryError, StalePlanError, VerificationError, memory_errors
+from blockprune.batches import device_of, first_inputs
+from blockprune.blocks import BlockAnalysis
+from blockprune.errors import RecoveryError, VerificationError, memory_errors
 from blockprune.losses import LossFunction
 from blockprune.recovery.data import Batches, MaskFunction
 from blockprune.recovery.distill import Run, distilled
@@ -21,7 +23,9 @@ from blockprune.recovery.distillation import Distillation, OnProgress
 from blockprune.recovery.fitting import FAMILIES
 from blockprune.recovery.folding import tensors_of, write_into
 from blockprune.recovery.masks import Masks
+from blockprune.recovery.methods import check_method, check_options
 from blockprune.recovery.networks import networks_of
+from blockprune.recovery.origin import analysed, record_of_ticket, warn_of_another
 from blockprune.recovery.passes import Inspected
 from blockprune.recovery.running_statistics import recalibrate_norms
 from blockprune.recovery.work import Work
@@ -31,15 +35,11 @@ from blockprune.surgery import (
     TicketRecord,
     attach,
     cuts_of,
-    record_of,
     translated,
 )
 from blockprune.tracing import Call, copy_model, isolated, structural_copy, tensors_in
 
-__all__ = ["METHODS", "check_method", "recover", "recovery_of"]
-
-METHODS: Final = ("norms", *FAMILIES, "distill")
-"""What `recover` knows."""
+__all__ = ["recover", "recovery_of"]
 
 
 def recovery_of(ticket: nn.Module) -> RecoveryRecord | None:
@@ -48,7 +48,7 @@ def recovery_of(ticket: nn.Module) -> RecoveryRecord | None:
     Raises:
         RecoveryError: the module is not a ticket.
     """
-    return _record(ticket).recovery
+    return record_of_ticket(ticket).recovery
 
 
 def recover(
@@ -91,7 +91,7 @@ def recover(
         ticket: from `prune`, `remove_blocks` or `load_ticket`.
         dense_model: what it was cut from, trained; left untouched.
         data: batches of inputs such as the network will see, as for `score_blocks`; labels are not
-            looked at. They are read several times.
+            looked at. They are read several times; those of a generator are kept.
         method: "refit" fits the whole weight; "map" a square map of its outputs (ReplaceMe),
             "scale" one number (Prune&Comp); "moments" refits, and then gives each output the mean
             and the variance of what it was fitted to, which least squares does not reach; "norms"
@@ -100,13 +100,14 @@ def recover(
             best of a few on every fourth batch, which is left out of the fit for that. Let batches
             differ as the data do (other photos, other texts), or a small ridge looks too good.
         max_batches: at most so many batches are read; None: all.
-        mask_fn: from the arguments of the model, a tensor (samples, positions) of the weight of
-            each position. None: the argument `attention_mask`, where there is one of that shape;
-            for the decoder of an encoder-decoder `decoder_attention_mask`.
+        mask_fn: is given the call of the model, with `args` and `kwargs`, and returns the weight of
+            each position, a tensor (samples, positions). None: the argument
+            `attention_mask`, where there is one of that shape; for the decoder of an
+            encoder-decoder `decoder_attention_mask`.
         in_place: change the ticket itself, which saves the memory of a copy.
         recipe: of "distill".
         loss_fn: of the labels, where the recipe gives them a weight: `(outputs, targets) ->
-            scalar`; None: cross entropy.
+            scalar`; None: the loss that the model returns, else cross entropy.
         accelerator: device and mixed precision of "distill"; None: those of the model.
         checkpoint: file that "distill" writes now and then, and goes on from if it exists: the
             same weights come out, on a CPU bit for bit, if the data come in the same order.
@@ -121,6 +122,7 @@ def recover(
             that are not finite.
         DataError: the data are empty, or no arguments of the model.
         CheckpointError: the checkpoint is damaged, or of something else.
+        CriterionError: the recipe gives labels a weight, and there are none, or loss_fn fails.
         TrainingDivergedError: the loss of "distill" is not finite.
         MissingExtraError: the recipe asks for adapters, and peft is not installed.
         TraceError: the dense model does not run on them.
@@ -142,17 +144,23 @@ def recover(
     check_method(method)
     if ridge is not None and not ridge >= 0:
         raise RecoveryError(f"a ridge is a number of at least 0, not {ridge!r}.")
-    record = _record(ticket)
+    check_options(
+        method,
+        {"ridge": ridge, "mask_fn": mask_fn, "recipe": recipe, "loss_fn": loss_fn}
+        | {"accelerator": accelerator, "checkpoint": checkpoint},
+    )
+    record = record_of_ticket(ticket)
+    warn_of_another(ticket, dense_model, record)
     example, data = first_inputs(dense_model, data)
     batches = Batches(dense_model, data, max_batches)
     masks = Masks(inspect.signature(dense_model.forward), mask_fn)
-    with memory_errors():
+    with memory_errors(), _plainly(dense_model):
         result = ticket if in_place else copy_model(ticket)
+        analysis = analysed(dense_model, record, example)
         if method == "norms":
             _renormalise(result, batches)
             gaps: tuple[GapRecord, ...] = ()
         else:
-            analysis = _analysed(dense_model, record, example)
             is_trained = method == "distill"
             networks = networks_of(
                 dense_model,
@@ -175,6 +183,7 @@ def recover(
                 work = Work(networks, batches, masks)
                 gaps = work.all_recovered(example, FAMILIES[method], ridge, on_progress)
             _fill(result, networks.cut, record, example)
+            gaps = _by_plan_names(gaps, analysis, record)
     recovery = RecoveryRecord(
         method=method, samples=batches.samples, gaps=gaps, before=record.recovery
     )
@@ -182,52 +191,51 @@ def recover(
     return result
 
 
-def check_method(method: str) -> None:
-    """Refuse a method that there is not.
-
-    Raises:
-        RecoveryError: names those that there are.
-    """
-    if method not in METHODS:
-        raise RecoveryError(f"there is no method {method!r}; there are {', '.join(METHODS)}.")
+@contextlib.contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Run a block in the precision of the model, and so that gradients can be taken in it."""
+    device = device_of(model)
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
 
 
-def _record(ticket: nn.Module) -> TicketRecord:
-    record = record_of(ticket)
-    if record is None:
-        raise RecoveryError(
-            f"this {type(ticket).__name__} is not a ticket: it carries no plan. Tickets come from "
-            "blockprune.prune, remove_blocks and load_ticket."
+def _by_plan_names(
+    gaps: tuple[GapRecord, ...], analysis: BlockAnalysis, record: TicketRecord
+) -> tuple[GapRecord, ...]:
+    """Return the gaps with their blocks as the plan names them: layers, not their branches."""
+    names = {
+        cut.name: block
+        for block in record.plan.remove
+        for cut in cuts_of(analysis, [block], record.plan.granularity)
+    }
+    return tuple(
+        gap.model_copy(
+            update={"blocks": tuple(dict.fromkeys(names.get(name, name) for name in gap.blocks))}
         )
-    return record
-
-
-def _analysed(dense_model: nn.Module, record: TicketRecord, example: Call) -> BlockAnalysis:
-    analysis = find_blocks(
-        dense_model,
-        example,
-        record.plan.granularity,
-        preserve_root=record.preserve_root,
-        leaf_modules=record.leaf_modules,
+        for gap in gaps
     )
-    if analysis.fingerprint != record.plan.fingerprint:
-        raise StalePlanError(
-            f"the ticket was cut from a model of another structure (fingerprint "
-            f"{record.plan.fingerprint[:12]}..., this {type(dense_model).__name__} has "
-            f"{analysis.fingerprint[:12]}...). Pass the model that it was cut from, and data of "
-            "the kind that it was cut with."
-        )
-    return analysis
 
 
 def _renormalise(ticket: nn.Module, batches: Batches) -> None:
-    """Take the running statistics again, with a copy that has no hooks of the user."""
+    """Take the running statistics again, with a copy that has no hooks of the user.
+
+    Raises:
+        RecoveryError: there are none.
+    """
+    if not any("running_mean" in name for name, _ in ticket.named_buffers()):
+        raise RecoveryError(
+            "'norms' takes running statistics of batch normalisations again, and the ticket has "
+            "none. 'refit' needs none."
+        )
     copied = structural_copy(ticket)
     recalibrate_norms(copied, batches.inputs())
     found = tensors_of(copied)
-    write_into(
-        dict(ticket.named_buffers()), {name: found[name] for name, _ in ticket.named_buffers()}
-    )
+    renewed = {name: found[name] for name, _ in ticket.named_buffers()}
+    if not all(bool(torch.isfinite(value).all()) for value in renewed.values()):
+        raise RecoveryError(
+            "running statistics of these data are not finite. Leave out the samples that cause it."
+        )
+    write_into(dict(ticket.named_buffers()), renewed)
 
 
 def _trained(ticket: nn.Module, record: TicketRecord) -> frozenset[str]:
@@ -251,7 +259,9 @@ def _fill(ticket: nn.Module, cut: Inspected, record: TicketRecord, example: Call
     write_into(own, changed)
     outputs = _outputs(cut.model, example), _outputs(structural_copy(ticket), example)
     for one, other in zip(*outputs, strict=True):
-        room = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() else 0
+        if not one.is_floating_point() or not one.numel():
+            continue
+        room = torch.finfo(one.dtype).eps ** 0.5
         if not torch.allclose(other, one, rtol=room, atol=room * float(one.abs().max())):
             write_into(own, before)
             raise VerificationError(

@@ -107,13 +107,12 @@ def _rows(
     leaf = operation.returned
     assert leaf is not None
     tail = Tail(stream, leaf)
-    seen = [leaf.detach(), tail.backward(weights * missing)]
-    if not (reach.is_even and bool((weights == 1).all())):
-        seen.append(tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach())
+    change = tail.backward(weights * missing)
+    counts = tail.backward(weights * tail.forward(torch.ones_like(leaf))).detach()
     scales = reach.scales.unsqueeze(1)
     total = scales.sum(dim=-1).clamp_min(torch.finfo(scales.dtype).tiny)
-    for inputs, result, change, *counted in operation.pieces(*seen):
-        counts = counted[0].double() if counted else scales
-        goal = result.double() + torch.where(counts > 0, change.double() / counts, 0)
-        shares = (counts * (scales > 0)).sum(dim=-1) / total
-        yield inputs, goal, shares.expand(-1, inputs.shape[1])
+    for inputs, result, wanted, counted in operation.pieces(leaf.detach(), change, counts):
+        counted = counted.double()
+        goal = result.double() + torch.where(counted > 0, wanted.double() / counted, 0)
+        shares = (counted * (scales > 0)).sum(dim=-1) / total
+        yield inputs, goal, shares

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from blockprune.errors import VerificationError
+from blockprune.errors import RecoveryError, VerificationError
 from blockprune.recovery.data import Batches, weights_of
 from blockprune.recovery.distillation import OnProgress, Progress
 from blockprune.recovery.fitting import Fit, Fitted, fitted
 from blockprune.recovery.folding import folded, has_bias, start_of, tensors_of, write_into
 from blockprune.recovery.gaps import Gap
 from blockprune.recovery.gram import with_ones
-from blockprune.recovery.masks import Masks
+from blockprune.recovery.masks import NOTHING_COUNTS, Masks
 from blockprune.recovery.networks import Networks, gaps_in
 from blockprune.recovery.reach import Reach, rounds_for, run_to, statistics_for, watched
 from blockprune.recovery.sums import Seen, Sums
@@ -80,6 +80,8 @@ class Work:
         errors: list[float] = []
         for reaches in rounds:
             sums, held_out = self._read(gap, reaches, weigh)
+            if not sums.size + held_out.size:
+                raise RecoveryError(NOTHING_COUNTS)
             errors.append(sums.error + held_out.error)
             if before and errors[-1] >= errors[-2]:
                 errors.pop()

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         (blockprune.remove_blocks(dense, "blocks.3", x[:2]), dense, x, {}),
     ]
     for one, model, data, options in cases:
-        with pytest.raises(CheckpointError, match="another ticket"):
+        with pytest.raises(CheckpointError, match="of a distillation with another"):
             distilled(one, model, data, checkpoint=file, **options)
         assert file.read_bytes() == written
     file.write_bytes(written[:-20] + bytes(20))
