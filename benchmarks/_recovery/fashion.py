@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _machine import write_result
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,10 +67,19 @@ def fashion(args: argparse.Namespace) -> dict[str, Any]:
                 for name in rows[0]
                 if name != "removed"
             }
+        result = _result(args, runs, means)
+        # Should the run be ended, what was measured is kept.
+        write_result("recovery_fashion", result, args.out)
         print(f"means: {means}", flush=True)
+    return result
+
+
+def _result(
+    args: argparse.Namespace, runs: list[_Seed], means: dict[str, dict[str, float]]
+) -> dict[str, Any]:
     return {
         "size": args.size,
-        "images": len(data),
+        "images": args.images,
         "epochs": args.epochs,
         "fitted_to": FITTED_TO,
         "dense": statistics.mean(run.accuracy for run in runs),
