@@ -21,6 +21,8 @@ MaskFunction = Callable[[Call], Tensor]
 
 HELD_OUT = 4
 """One batch of so many is held out."""
+_FIRST = 64
+"""Samples of the first batch where it is the only one."""
 _SINK = 30.0
 
 
@@ -73,6 +75,15 @@ class Batches:
             for position, batch in enumerate(itertools.chain(first, batches)):
                 self.samples += len(batch)
                 yield batch.call, last > 0 and position % HELD_OUT == last
+
+    def first(self) -> Call:
+        """Return the first batch.
+
+        Raises:
+            DataError: there is none.
+        """
+        with preserved_rng():
+            return next(self.parts(_FIRST)).call
 
     def parts(self, size: int) -> Iterator[Batch]:
         """Yield the batches with their targets; where there is a single one, parts of that size.

@@ -74,10 +74,11 @@ def distilled(
         TrainingDivergedError: the loss is not finite.
         CheckpointError: the checkpoint is of something else.
     """
-    found = gaps_in(networks, call)
+    first = batches.first()
+    found = gaps_in(networks, first)
     gaps = [gap for gap, _ in found]
     streams = {gap.stream: gap.target for gap in gaps}
-    places = streams | {merge: merge for merge in merges_in(networks, call, found)}
+    places = streams | {merge: merge for merge in merges_in(networks, first, found)}
     pair = Pair(networks, places, masks, call, recipe, run.loss_fn, run.accelerator)
     model = networks.cut.model
     before, steps, digest = _residuals(pair, streams, batches, recipe)

@@ -85,12 +85,13 @@ def networks_of(
 def gaps_in(networks: Networks, call: Call) -> list[tuple[Gap, Tensor]]:
     """Return the gaps in order of execution, each with its stream on an example.
 
-    Those are one whose streams are the same tensor, which regions hand on to one another.
+    Those whose streams have the same value are one; on few samples a kept branch between two of
+    them may happen to be silent.
 
     Raises:
         RecoveryError: a gap is passed more than once, or the shapes do not fit.
     """
-    streams = networks.cut.values(call, *(gap.stream for gap in networks.gaps), as_they_are=True)
+    streams = networks.cut.values(call, *(gap.stream for gap in networks.gaps))
     targets = networks.dense.values(call, *(gap.target for gap in networks.gaps))
     found: list[tuple[Gap, Tensor]] = []
     for gap in networks.gaps:
@@ -101,7 +102,7 @@ def gaps_in(networks: Networks, call: Call) -> list[tuple[Gap, Tensor]]:
                 f"the stream without {', '.join(gap.blocks)} has the shape "
                 f"{tuple(stream.shape)}, and {tuple(target.shape)} with them."
             )
-        if found and _is_handed_on(found[-1][1], stream):
+        if found and torch.equal(found[-1][1], stream):
             before, _ = found.pop()
             gap = dataclasses.replace(
                 gap, blocks=(*before.blocks, *gap.blocks), stream=before.stream
@@ -131,14 +132,6 @@ def merges_in(networks: Networks, call: Call, gaps: Iterable[tuple[Gap, Tensor]]
         )
 
     return [place for place in networks.kept if is_alike(place)]
-
-
-def _is_handed_on(before: Tensor, after: Tensor) -> bool:
-    """Whether a stream is another one, and not only equal to it on an example.
-
-    A kept branch between them that is silent there leaves a tensor of its own.
-    """
-    return before.data_ptr() == after.data_ptr() and torch.equal(before, after)
 
 
 def _only(values: dict[Location, list[Any]], place: Location) -> Tensor:

@@ -34,32 +34,21 @@ class Inspected:
         self.model = follow(model, graphs, lambda path: partial(_Looking, run=self, path=path))
         self._wanted: Collection[Location] = ()
         self._seen: dict[Location, list[Any]] = {}
-        self._ends, self._copies = False, True
+        self._ends = False
 
-    def values(
-        self, call: Call, *places: Location, as_they_are: bool = False
-    ) -> dict[Location, list[Any]]:
-        """Return all values that these places have in one whole run, without gradients.
-
-        `as_they_are`: no copies, so that one sees which tensors are the same.
-        """
+    def values(self, call: Call, *places: Location) -> dict[Location, list[Any]]:
+        """Return all values that these places have in one whole run, without gradients."""
         with torch.no_grad():
-            return self.outputs_and_values(call, places, as_they_are=as_they_are)[1]
+            return self.outputs_and_values(call, places)[1]
 
     def outputs_and_values(
-        self,
-        call: Call,
-        places: Collection[Location],
-        seed: int = 0,
-        *,
-        as_they_are: bool = False,
+        self, call: Call, places: Collection[Location], seed: int = 0
     ) -> tuple[Any, dict[Location, list[Any]]]:
         """Return what one whole run returns, and all values that these places have in it.
 
         `seed` is that of what the run draws.
         """
         with self._looking(places, ends=False):
-            self._copies = not as_they_are
             outputs = self._run(call, seed)
         return outputs, self._seen
 
@@ -78,7 +67,7 @@ class Inspected:
 
     @contextlib.contextmanager
     def _looking(self, places: Collection[Location], *, ends: bool) -> Iterator[None]:
-        self._wanted, self._ends, self._copies = set(places), ends, True
+        self._wanted, self._ends = set(places), ends
         self._seen = {place: [] for place in places}
         try:
             yield
@@ -90,8 +79,7 @@ class Inspected:
         if place not in self._wanted:
             return
         # Somebody may write into it later on.
-        is_copied = self._copies and not self._ends and isinstance(value, Tensor)
-        kept = value.clone() if is_copied else value
+        kept = value if self._ends or not isinstance(value, Tensor) else value.clone()
         self._seen[place].append(kept)
         if self._ends:
             raise _Seen

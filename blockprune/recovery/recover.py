@@ -106,8 +106,8 @@ def recover(
             encoder-decoder `decoder_attention_mask`.
         in_place: change the ticket itself, which saves the memory of a copy.
         recipe: of "distill".
-        loss_fn: of the labels, where the recipe gives them a weight: `(outputs, targets) ->
-            scalar`; None: the loss that the model returns, else cross entropy.
+        loss_fn: of the labels, where the recipe gives them a weight, called with the outputs and
+            the targets; None: the loss that the model returns, else cross entropy.
         accelerator: device and mixed precision of "distill"; None: those of the model.
         checkpoint: file that "distill" writes now and then, and goes on from if it exists: the
             same weights come out, on a CPU bit for bit, if the data come in the same order.

@@ -61,7 +61,7 @@ class Work:
     def gaps(self, call: Call) -> list[Gap]:
         """Return the gaps, those that are one on an example made one, in order of execution."""
         self._uses = watched(self.cut, call).uses
-        return [gap for gap, _ in gaps_in(self.networks, call)]
+        return [gap for gap, _ in gaps_in(self.networks, self.batches.first())]
 
     def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
         """Fit one gap, write what was found into the cut model, and return how it went.

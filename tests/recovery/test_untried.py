@@ -133,8 +133,13 @@ def test_a_weight_that_is_read_by_an_attribute_is_left_alone() -> None:
 def test_a_kept_block_that_is_silent_on_the_example_parts_two_gaps() -> None:
     dense, x = stacked(*(Block() for _ in range(5))), inputs()
     with torch.no_grad():
-        dense.blocks[2].down.weight.zero_()
-        dense.blocks[2].down.bias.zero_()
+        for layer in (dense.blocks[2].up, dense.blocks[2].down):
+            layer.bias.zero_()
+        # It is silent where the first number of the stream is negative.
+        dense.blocks[2].up.weight.zero_()[:, 0] = 1.0
+        quiet = dense.blocks[0](dense.stem(x))[:, 0] < 0
+    x = torch.cat([x[quiet], x[~quiet]])
+    assert 2 < int(quiet.sum()) < len(x)
     ticket = blockprune.remove_blocks(dense, ["blocks.1", "blocks.3"], x[:2], verify=False)
     gaps = blockprune.recovery_of(blockprune.recover(ticket, dense, x)).gaps
     assert [gap.blocks for gap in gaps] == [("blocks.1",), ("blocks.3",)]
