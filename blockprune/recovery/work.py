@@ -61,7 +61,9 @@ class Work:
     def gaps(self, call: Call) -> list[Gap]:
         """Return the gaps, those that are one on an example made one, in order of execution."""
         self._uses = watched(self.cut, call).uses
-        return [gap for gap, _ in gaps_in(self.networks, self.batches.first())]
+        # A whole batch tells gaps apart that a few samples may not.
+        seen = self.batches.first() if len(self.networks.gaps) > 1 else call
+        return [gap for gap, _ in gaps_in(self.networks, seen)]
 
     def recovered(self, gap: Gap, call: Call, family: Fit, ridge: float | None) -> GapRecord:
         """Fit one gap, write what was found into the cut model, and return how it went.
