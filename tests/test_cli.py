@@ -1395,7 +1395,7 @@ def test_a_ticket_is_distilled(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "recovered.safetensors").read_bytes() == written
     code, _, err = cli(*asked[:-4], "--lr", "0.02", "--checkpoint", "c.safetensors", "--force")
     assert (code, "another recipe" in err) == (1, True)
-    code, _, err = cli(*asked[:5], "--method", "refit", "--epochs", 2)
+    code, _, err = cli(*asked[:5], "--method", "refit", "--epochs", 2, "--force")
     assert (code, "--epochs is for distill" in err) == (2, True)
 
 
