@@ -84,10 +84,10 @@ def measured(cut: str, count: int, size: int) -> dict[str, Any]:
     forward(dense, data[:1])
     before, _ = seconds(lambda: forward(dense, data))
     spent: Counter[str] = Counter()
-    with timed(work, "fitted", spent), timed(work.Work, "_add", spent):
+    with timed(work, "fitted", spent), timed(work.Work, "_read", spent):
         refit, found = seconds(lambda: blockprune.recover(ticket, dense, data))
     after, _ = seconds(lambda: forward(dense, data))
-    one, solves, reading = (before + after) / 2, spent["fitted"], spent["_add"]
+    one, solves, reading = (before + after) / 2, spent["fitted"], spent["_read"]
     # Finding blocks, trials and proofs run two samples, however many there are.
     fixed = refit - solves - reading
     return {
