@@ -59,7 +59,8 @@ class Pair:
             networks.cut.model.to(accelerator.device)
         example = self._moved(call)
         self._mask_of = {
-            place: masks.name_for(example, partial(self._value, place=place)) for place in places
+            place: masks.name_for(example, partial(self._cut.value, place=place))
+            for place in places
         }
         # Channels of a convolution are no positions.
         seen = watched(networks.cut, example).calls
@@ -71,23 +72,10 @@ class Pair:
 
         `seed` is that of what the cut network draws.
         """
-        call = self._moved(batch.call)
-        with torch.no_grad(), self._autocast():
+        recipe, call = self._recipe, self._moved(batch.call)
+        with self._autocast():
             wanted, targets = self._dense.outputs_and_values(call, self._places.values())
-        with torch.enable_grad():
-            with self._autocast():
-                found, streams = self._cut.outputs_and_values(call, self._places, seed)
-            return self._loss(batch, call, (found, streams), (wanted, targets))
-
-    def _loss(
-        self,
-        batch: Batch,
-        call: Call,
-        own_run: tuple[Any, dict[Location, list[Any]]],
-        dense_run: tuple[Any, dict[Location, list[Any]]],
-    ) -> Tensor:
-        recipe = self._recipe
-        (found, streams), (wanted, targets) = own_run, dense_run
+            found, streams = self._cut.outputs_and_values(call, self._places, seed)
         loss = self._outputs(call, main_output(found), main_output(wanted))
         if self._places and recipe.stream:
             terms = [
@@ -115,13 +103,8 @@ class Pair:
             for own, other in places.items()
         }
 
-    def _value(self, call: Call, place: Location) -> Tensor:
-        with torch.no_grad():
-            return self._cut.value(call, place)
-
     def _output(self, call: Call) -> Tensor:
-        with torch.no_grad():
-            return main_output(self._cut.outputs_and_values(call, ())[0])
+        return main_output(self._cut.outputs_and_values(call, ())[0])
 
     def _outputs(self, call: Call, found: Tensor, wanted: Tensor) -> Tensor:
         if self._recipe.outputs == "mse":

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from blockprune.randomness import seed_rng
@@ -25,6 +24,8 @@ __all__ = ["Inspected"]
 class Inspected:
     """A model whose values can be looked at.
 
+    They can be differentiated by what requires gradients, whatever mode is set around a run.
+
     Args:
         model: a copy of the dense model with parameters of its own; it is changed.
         graphs: region path to the graph that it is to follow there.
@@ -37,9 +38,8 @@ class Inspected:
         self._ends = False
 
     def values(self, call: Call, *places: Location) -> dict[Location, list[Any]]:
-        """Return all values that these places have in one whole run, without gradients."""
-        with torch.no_grad():
-            return self.outputs_and_values(call, places)[1]
+        """Return all values that these places have in one whole run."""
+        return self.outputs_and_values(call, places)[1]
 
     def outputs_and_values(
         self, call: Call, places: Collection[Location], seed: int = 0

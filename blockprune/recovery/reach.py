@@ -83,7 +83,7 @@ def run_to(
     if held is not None:
         held.rewind()
     watching = Watching(names_of(cut.model), leaves, change, held)
-    with torch.enable_grad(), watching:
+    with watching:
         value = cut.value(call, stream)
     calls = {seen.weight: seen for seen in watching.calls if seen.weight in leaves}
     return value, calls, watching.calls

@@ -122,7 +122,7 @@ class Work:
     def weighing(self, gap: Gap, call: Call, rounds: Sequence[Sequence[Reach]]) -> Weigh:
         """Return what each number of the stream of a gap counts, as a function of a batch."""
         layouts = {reach.operation.layout for reaches in rounds for reach in reaches}
-        mask = self.masks.name_for(call, lambda given: self._stream(gap, given))
+        mask = self.masks.name_for(call, lambda given: self.cut.value(given, gap.stream))
 
         def weigh(wanted: Tensor, batch: Call) -> Tensor:
             own = self.masks.of(batch, mask)
@@ -161,17 +161,12 @@ class Work:
         )
         return best, self._proved(gap, call, reach, best)
 
-    def _stream(self, gap: Gap, call: Call) -> Tensor:
-        with torch.no_grad():
-            return self.cut.value(call, gap.stream)
-
     def _read(self, gap: Gap, reaches: Sequence[Reach], weigh: Weigh) -> tuple[Sums, Sums]:
         """Return the sums over what is fitted, and over what is held out."""
         sums, held_out = (Sums.zeros(self.cut.model, reaches) for _ in range(2))
         leaves = frozenset(reach.operation.weight for reach in reaches)
         for batch, is_held_out in self.batches:
-            with torch.no_grad():
-                target = self.dense.value(batch, gap.target)
+            target = self.dense.value(batch, gap.target)
             held = statistics_for(reaches)
             stream, calls, _ = run_to(self.cut, batch, gap.stream, leaves, held=held)
             seen = Seen(stream, target, calls, weigh(target, batch))
