@@ -58,11 +58,7 @@ class Batches:
             DataError: there is none.
         """
         with preserved_rng():
-            batches = iter(itertools.islice(self._read(), self._limit))
-            first = list(itertools.islice(batches, HELD_OUT))
-            if not first:
-                raise DataError("The data is empty: recovering needs at least one batch.")
-            self.samples = 0
+            first, batches = self._begun(HELD_OUT)
             if len(first) == 1 and len(first[0]) >= HELD_OUT:
                 batch = first.pop()
                 start = len(batch) - len(batch) // HELD_OUT
@@ -91,16 +87,21 @@ class Batches:
         Raises:
             DataError: there is none.
         """
-        batches = iter(itertools.islice(self._read(), self._limit))
-        first = list(itertools.islice(batches, 2))
-        if not first:
-            raise DataError("The data is empty: recovering needs at least one batch.")
-        self.samples = 0
+        first, batches = self._begun(2)
         if len(first) == 1 and len(first[0]) > size:
             first = [first[0].part(at, at + size) for at in range(0, len(first[0]), size)]
         for batch in itertools.chain(first, batches):
             self.samples += len(batch)
             yield batch
+
+    def _begun(self, count: int) -> tuple[list[Batch], Iterator[Batch]]:
+        """Begin to read: return the first `count` batches and those behind them."""
+        batches = iter(itertools.islice(self._read(), self._limit))
+        first = list(itertools.islice(batches, count))
+        if not first:
+            raise DataError("The data is empty: recovering needs at least one batch.")
+        self.samples = 0
+        return first, batches
 
     def inputs(self) -> Iterator[Any]:
         """Yield the batches as `recalibrate_norms` takes them."""

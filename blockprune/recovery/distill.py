@@ -81,10 +81,11 @@ def distilled(
     places = streams | {merge: merge for merge in merges_in(networks, first, found)}
     pair = Pair(networks, places, masks, call, recipe, run.loss_fn, run.accelerator)
     model = networks.cut.model
-    before, steps, digest = _residuals(pair, streams, batches, recipe)
+    digest = None if run.checkpoint is None else hashlib.blake2b(digest_size=32)
+    before, steps = _residuals(pair, streams, batches, recipe, digest)
     checkpoint = None
-    if run.checkpoint is not None:
-        keys = _keys(networks, trained, masks, recipe, run, digest)
+    if run.checkpoint is not None and digest is not None:
+        keys = _keys(networks, trained, masks, recipe, run, digest.hexdigest())
         checkpoint = Checkpoint(run.checkpoint, keys)
     if recipe.lora_rank is not None:
         with preserved_rng():
@@ -102,7 +103,7 @@ def distilled(
     if recipe.lora_rank is not None:
         merge_adapters(model)
     model.eval().requires_grad_(False)
-    after, *_ = _residuals(pair, streams, batches, recipe)
+    after, _ = _residuals(pair, streams, batches, recipe)
     return tuple(
         GapRecord(
             blocks=gap.blocks,
@@ -186,25 +187,29 @@ def _keys(
 
 
 def _residuals(
-    pair: Pair, streams: Mapping[Location, Location], batches: Batches, recipe: Distillation
-) -> tuple[dict[Location, float], int, str]:
-    """Return what each stream lacks, as a share of the squares of its target.
+    pair: Pair,
+    streams: Mapping[Location, Location],
+    batches: Batches,
+    recipe: Distillation,
+    digest: hashlib.blake2b | None = None,
+) -> tuple[dict[Location, float], int]:
+    """Return what each stream lacks, as a share of the squares of its target, and the batches read.
 
-    Returns:
-        That, the number of batches, and a hash of all of them in the order of the first epoch.
+    Batches come in the order of the first epoch, and `digest` is given each of them.
 
     Raises:
         RecoveryError: activations that are not finite, or no position that counts.
     """
     sums: dict[Location, Tensor] = {own: torch.zeros(2, dtype=torch.float64) for own in streams}
-    count, digest = 0, hashlib.blake2b(digest_size=32)
+    count = 0
     with preserved_rng():
         seed_rng(_seed(recipe, 0))
         for batch in batches.parts(recipe.batch_size):
             count += 1
-            of_batch = tensors_in((batch.call.args, batch.call.kwargs, batch.targets))
-            numbered = {str(number): value for number, value in enumerate(of_batch)}
-            digest.update(key_of({}, numbered).encode())
+            if digest is not None:
+                of_batch = tensors_in((batch.call.args, batch.call.kwargs, batch.targets))
+                numbered = {str(number): value for number, value in enumerate(of_batch)}
+                digest.update(key_of({}, numbered).encode())
             for own, found in pair.missing(batch, streams).items():
                 sums[own] += found.double().cpu()
     if not all(bool(found.isfinite().all()) for found in sums.values()):
@@ -215,7 +220,7 @@ def _residuals(
     if not all(bool(size > 0) for _, size in sums.values()):
         raise RecoveryError(NOTHING_COUNTS)
     shares = {own: float(error / size) for own, (error, size) in sums.items()}
-    return shares, count, digest.hexdigest()
+    return shares, count
 
 
 def _seed(recipe: Distillation, step: int) -> int:

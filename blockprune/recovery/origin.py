@@ -56,17 +56,18 @@ def analysed(dense_model: nn.Module, record: TicketRecord, example: Call) -> Blo
 
 def warn_of_another(ticket: nn.Module, dense_model: nn.Module, record: TicketRecord) -> None:
     """Warn where no parameter of a ticket is that of the dense model, as in an untrained one."""
-    dense = tensors_of(dense_model)
-    pairs = [
-        (parameter, dense[translated(name, record.renamed)])
-        for name, parameter in ticket.named_parameters()
-        if translated(name, record.renamed) in dense and not _is_constant(parameter)
-    ]
-    earlier, was_trained = record.recovery, False
+    earlier = record.recovery
     while earlier is not None:
-        was_trained |= earlier.method == "distill"
+        if earlier.method == "distill":
+            return
         earlier = earlier.before
-    if pairs and not was_trained and not any(torch.equal(p, d) for p, d in pairs):
+    dense = tensors_of(dense_model)
+    named = ((translated(n, record.renamed), p) for n, p in ticket.named_parameters())
+    pairs = [(parameter, dense[name]) for name, parameter in named if name in dense]
+    # The first that both have answers it, as a rule.
+    if not any(torch.equal(one, other) and not _is_constant(one) for one, other in pairs) and any(
+        not _is_constant(one) for one, _ in pairs
+    ):
         warnings.warn(
             "the ticket shares no weight with this dense model. Where it was not trained since it "
             "was cut, this is not the model that it was cut from, such as one without its trained "

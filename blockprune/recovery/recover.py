@@ -95,7 +95,8 @@ def recover(
         method: "refit" fits the whole weight; "map" a square map of its outputs (ReplaceMe),
             "scale" one number (Prune&Comp); "moments" refits, and then gives each output the mean
             and the variance of what it was fitted to, which least squares does not reach; "norms"
-            takes the running statistics of batch normalisations again, and fits nothing.
+            takes the running statistics of batch normalisations again, and fits nothing; "distill"
+            trains, see `Distillation`.
         ridge: how strongly a weight is held to what it is; 0 is plain least squares. None: the
             best of a few on every fourth batch, which is left out of the fit for that. Let batches
             differ as the data do (other photos, other texts), or a small ridge looks too good.

@@ -15,7 +15,6 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from blockprune.blocks import BlockAnalysis, Cut, by_flow
@@ -94,23 +93,18 @@ class Refits:
             cuts = cuts_of(self._analysis, blocks, self._analysis.granularity)
             work = self._work(cuts)
             gaps = work.gaps(self._example)
-            if len(gaps) > 1:
+            rounds = work.rounds(gaps[0], self._example) if len(gaps) == 1 else []
+            if rounds == [[]]:
+                yield name, work.cut.model
+                continue
+            if len(rounds) != 1 or statistics_for(rounds[0]) is not None:
                 for gap in gaps:
                     work.recovered(gap, self._example, _REFIT, None)
                 yield name, work.cut.model
                 continue
-            [gap] = gaps
-            rounds = work.rounds(gap, self._example)
-            if len(rounds) > 1 or statistics_for(rounds[0]) is not None:
-                work.recovered(gap, self._example, _REFIT, None)
-                yield name, work.cut.model
-                continue
-            if not rounds[0]:
-                yield name, work.cut.model
-                continue
-            weigh = work.weighing(gap, self._example, rounds)
+            weigh = work.weighing(gaps[0], self._example, rounds)
             sums, held_out = (Sums.zeros(self._dense_model, rounds[0]) for _ in range(2))
-            waiting.append(_Ticket(name, cuts, gap, rounds[0], weigh, sums, held_out))
+            waiting.append(_Ticket(name, cuts, gaps[0], rounds[0], weigh, sums, held_out))
             if sum(2 * ticket.sums.nbytes for ticket in waiting) > self._max_bytes:
                 yield from self._together(waiting)
                 waiting = []
@@ -143,7 +137,7 @@ class Refits:
         leaves = frozenset(r.operation.weight for t in tickets for r in t.reaches)
         for call, is_held_out in self._batches:
             watching = Watching(names_of(dense.model), leaves)
-            with torch.enable_grad(), watching:
+            with watching:
                 values = dense.values(call, *places)
             calls = {seen.weight: seen for seen in watching.calls if seen.weight in leaves}
             for ticket in tickets:

@@ -47,6 +47,16 @@ def streams(net: Net, x: Tensor, gone: int | None = None) -> tuple[list[Tensor],
     return found, net.head(x.mean((2, 3)))
 
 
+def assert_one_step(found: nn.Module, net: Net, loss: Tensor, weight_decay: float) -> None:
+    """Take one step of `net`, and expect what it has become."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=weight_decay).step()
+    expected = state(net)
+    for name, value in state(found).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-9), name
+
+
 @pytest.mark.parametrize("kind", ["pre-activation", "batch norm", "linear"])
 def test_a_step_is_that_of_a_loop_written_out(kind: str) -> None:
     dense, x = built(kind), images(12)
@@ -69,13 +79,7 @@ def test_a_step_is_that_of_a_loop_written_out(kind: str) -> None:
         (student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean"
     )
     loss = divergence + 0.5 * sum(terms) / 4 + 0.3 * F.cross_entropy(student, labels)
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1).step()
-
-    expected = state(net)
-    for name, value in state(found).items():
-        assert torch.allclose(value, expected[name], rtol=0, atol=1e-9), name
+    assert_one_step(found, net, loss, weight_decay=0.1)
 
 
 def test_outputs_that_are_no_logits() -> None:
@@ -86,12 +90,7 @@ def test_outputs_that_are_no_logits() -> None:
     with torch.no_grad():
         teacher = dense(x)
     loss = ((streams(net, x, gone=2)[1] - teacher) ** 2).sum() / (teacher**2).sum()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0).step()
-    expected = state(net)
-    for name, value in state(found).items():
-        assert torch.allclose(value, expected[name], rtol=0, atol=1e-9), name
+    assert_one_step(found, net, loss, weight_decay=0.0)
 
 
 def settled() -> Net:
